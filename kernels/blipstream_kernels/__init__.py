@@ -1,0 +1,1 @@
+"""Fused cross-attention kernels."""

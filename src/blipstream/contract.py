@@ -1,0 +1,312 @@
+"""Every tensor that crosses a boundary, and the layout of a bundle, declared once.
+
+A *bundle* is the output of ``blipstream build``: a Triton model repository with a ``manifest.json`` beside the models.
+The exporter writes graphs with the names declared here, the Triton models read and write them, clients send them, and
+tests compare every ``config.pbtxt`` with them. Dimensions are integers, or names that a :class:`Manifest` resolves
+(:meth:`Manifest.dims`); the leading batch dimension is never listed; ``-1`` is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from blipstream.errors import BundleError
+
+BUNDLE_REVISION = 1
+"""Revision of the bundle's layout; a bundle of another revision is refused."""
+
+MANIFEST_FILE = "manifest.json"
+PARITY_FILE = "parity.json"
+
+# --- Triton models -----------------------------------------------------------------------------------------------
+
+PREPROCESS = "preprocess"
+VISION_ENCODER = "vision_encoder"
+QFORMER = "qformer"
+IMAGE_FEATURES = "image_features"
+BLIP2 = "blip2"
+BLIP2_UNARY = "blip2_unary"
+
+MODEL_VERSION = "1"
+"""The one version folder of each Triton model in a bundle."""
+
+GRAPH_FILE = "model.onnx"
+"""ONNX graph of ``vision_encoder`` and ``qformer``, in their version folder."""
+
+DECODER_FILE = "decoder.onnx"
+"""ONNX graph of the language model, in the version folder of ``blip2``."""
+
+TOKENIZER_FILE = "tokenizer.json"
+"""Tokenizer of the language model (``tokenizers`` format), in the version folder of ``blip2``."""
+
+DType = Literal["FP32", "FP16", "INT64", "INT32", "UINT64", "BOOL", "BYTES"]
+"""Tensor types, by Triton's client-side names."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a model: its name, element type and shape without the batch dimension."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The inputs and outputs of one Triton model or graph."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+IMAGE = TensorSpec("image", "BYTES", (1,))
+"""An encoded image file (JPEG, PNG, WebP, ...); as text, base64 or a ``data:`` URL of one."""
+
+PIXEL_VALUES = TensorSpec("pixel_values", "FP32", (3, "image_size", "image_size"))
+IMAGE_EMBEDS = TensorSpec("image_embeds", "FP32", ("num_image_tokens", "vision_hidden_size"))
+SOFT_TOKENS = TensorSpec("soft_tokens", "FP32", ("num_query_tokens", "decoder_hidden_size"))
+"""The Q-Former's output, projected to the width of the language model: one soft token a query."""
+
+PREPROCESS_SPEC = ModelSpec(PREPROCESS, (IMAGE,), (PIXEL_VALUES,))
+VISION_ENCODER_SPEC = ModelSpec(VISION_ENCODER, (PIXEL_VALUES,), (IMAGE_EMBEDS,))
+QFORMER_SPEC = ModelSpec(QFORMER, (IMAGE_EMBEDS,), (SOFT_TOKENS,))
+IMAGE_FEATURES_SPEC = ModelSpec(IMAGE_FEATURES, (IMAGE,), (SOFT_TOKENS,))
+
+
+def _optional(name: str, dtype: DType, shape: tuple[int | str, ...] = (1,)) -> TensorSpec:
+    return TensorSpec(name, dtype, shape, optional=True)
+
+
+BLIP2_INPUTS = (
+    _optional("image", "BYTES"),
+    _optional("image_input", "FP16", (3, -1, -1)),
+    _optional("text_input", "BYTES"),
+    _optional("max_tokens", "INT32"),
+    _optional("min_tokens", "INT32"),
+    _optional("min_length", "INT32"),
+    _optional("temperature", "FP32"),
+    _optional("top_k", "INT32"),
+    _optional("top_p", "FP32"),
+    _optional("repetition_penalty", "FP32"),
+    _optional("presence_penalty", "FP32"),
+    _optional("frequency_penalty", "FP32"),
+    _optional("length_penalty", "FP32"),
+    _optional("beam_width", "INT32"),
+    _optional("random_seed", "UINT64"),
+    _optional("stop_words", "BYTES", (-1,)),
+    _optional("bad_words", "BYTES", (-1,)),
+    _optional("stream", "BOOL"),
+    _optional("return_log_probs", "BOOL"),
+)
+"""Inputs of ``blip2``: names, types and shapes of NVIDIA's own ensembles, plus ``image``."""
+
+BLIP2_OUTPUTS = (
+    TensorSpec("text_output", "BYTES", (-1,)),
+    TensorSpec("finish_reason", "BYTES", (-1,)),
+    TensorSpec("num_input_tokens", "INT32", (-1,)),
+    TensorSpec("num_output_tokens", "INT32", (-1,)),
+    TensorSpec("sequence_index", "INT32", (-1,)),
+    TensorSpec("cum_log_probs", "FP32", (-1,)),
+    TensorSpec("output_log_probs", "FP32", (-1, -1)),
+)
+"""Outputs of ``blip2``. While a stream runs, ``finish_reason`` is an empty string and the counts are those so far."""
+
+BLIP2_SPEC = ModelSpec(BLIP2, BLIP2_INPUTS, BLIP2_OUTPUTS)
+BLIP2_UNARY_SPEC = ModelSpec(BLIP2_UNARY, BLIP2_INPUTS, BLIP2_OUTPUTS)
+
+TRITON_MODELS = (
+    PREPROCESS_SPEC,
+    VISION_ENCODER_SPEC,
+    QFORMER_SPEC,
+    IMAGE_FEATURES_SPEC,
+    BLIP2_SPEC,
+    BLIP2_UNARY_SPEC,
+)
+"""Every model of a bundle, in the order in which they depend on each other."""
+
+# --- the decoder's graph -----------------------------------------------------------------------------------------
+#
+# One graph for prefill (S = prompt length, rows padded on the right) and decode step (S = 1), B rows at once:
+#
+#   input_ids              INT64 (B, S)   token ids; -(1 + k) stands for row k of ``soft_tokens``
+#   soft_tokens            FP32  (N, D)   soft tokens of all rows, one after the other; N >= 1 (unused when decoding)
+#   position_ids           INT64 (B, S)   position of each token in its own sequence, from 0
+#   last_index             INT64 (B,)     index in 0..S-1 of the token whose logits are wanted
+#   seqlens_k              INT32 (B,)     tokens in the cache after this call, minus one, for each row
+#   total_sequence_length  INT32 ()       the largest of (seqlens_k + 1); equals S in a prefill
+#   past_key.{i}, past_value.{i}        FP32 (B, H_kv, T, D_head) for each layer i, T = slots' capacity in tokens
+#   logits                 FP32  (B, V)
+#   present_key.{i}, present_value.{i}  same shape; bound to the memory of past_*: the cache is updated in place
+
+
+@dataclass(frozen=True)
+class DecoderIO:
+    """Tensor names of the decoder's graph; shapes are listed in the comment above this class."""
+
+    input_ids: str = "input_ids"
+    soft_tokens: str = "soft_tokens"
+    position_ids: str = "position_ids"
+    last_index: str = "last_index"
+    seqlens_k: str = "seqlens_k"
+    total_sequence_length: str = "total_sequence_length"
+    logits: str = "logits"
+
+    def cache_inputs(self, num_layers: int) -> list[str]:
+        """Names of the cache's inputs: key and value of layer 0, of layer 1, ..."""
+        return [f"past_{part}.{layer}" for layer in range(num_layers) for part in ("key", "value")]
+
+    def cache_outputs(self, num_layers: int) -> list[str]:
+        """Names of the cache's outputs, in the order of :meth:`cache_inputs`."""
+        return [f"present_{part}.{layer}" for layer in range(num_layers) for part in ("key", "value")]
+
+
+DECODER_IO = DecoderIO()
+
+# --- manifest ----------------------------------------------------------------------------------------------------
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ImageSection(_Section):
+    """How an image becomes ``pixel_values``: the checkpoint's image processor, as plain numbers."""
+
+    size: int
+    """Height and width in pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    rescale_factor: float
+
+
+class VisionSection(_Section):
+    """Sizes of the vision encoder."""
+
+    num_image_tokens: int
+    hidden_size: int
+    num_layers: int
+
+
+class QFormerSection(_Section):
+    """Sizes of the Q-Former."""
+
+    num_query_tokens: int
+    hidden_size: int
+    num_layers: int
+
+
+class DecoderSection(_Section):
+    """Sizes of the language model and of its KV cache."""
+
+    family: Literal["opt"]
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    """Width of the token embeddings that soft tokens share (``word_embed_proj_dim`` for OPT)."""
+    vocab_size: int
+    max_sequences: int
+    """Rows of the KV cache: sequences that decode at once."""
+    max_tokens: int
+    """Tokens of one row: soft tokens + prompt + generated."""
+
+
+class GenerationSection(_Section):
+    """Defaults of the checkpoint's own ``generate``, and the ids that frame a prompt."""
+
+    bos_token_id: int
+    """Starts a plain caption (empty prompt), after the soft tokens."""
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    image_token_id: int | None
+    """Id of the soft tokens' placeholder; the repetition penalty sees it, as it does in transformers."""
+    max_new_tokens: int
+    """New tokens when a request does not say."""
+    repetition_penalty: float = 1.0
+
+
+class FileEntry(_Section):
+    """One file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Section):
+    """Contents of ``manifest.json``."""
+
+    revision: int
+    kind: Literal["blip2-opt"]
+    """Family member, as in ``blip2-opt``."""
+    source: str
+    """Name of the checkpoint: its folder's name or its hub id."""
+    engine: Literal["onnxruntime"]
+    precision: dict[str, str]
+    """Precision of each stage: ``vision_encoder``, ``qformer``, ``decoder``."""
+    image: ImageSection
+    vision: VisionSection
+    qformer: QFormerSection
+    decoder: DecoderSection
+    generation: GenerationSection
+    versions: dict[str, str]
+    """Versions of the packages that built the bundle."""
+    files: dict[str, FileEntry]
+    """Every other file of the bundle (``parity.json`` excepted), by its path relative to the bundle."""
+
+    def dims(self) -> Mapping[str, int]:
+        """Value of each named dimension of a :class:`TensorSpec`."""
+        return {
+            "image_size": self.image.size,
+            "num_image_tokens": self.vision.num_image_tokens,
+            "vision_hidden_size": self.vision.hidden_size,
+            "num_query_tokens": self.qformer.num_query_tokens,
+            "decoder_hidden_size": self.decoder.hidden_size,
+        }
+
+    def shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        """Shape of a tensor in this bundle, without the batch dimension."""
+        dims = self.dims()
+        return tuple(dim if isinstance(dim, int) else dims[dim] for dim in spec.shape)
+
+    @classmethod
+    def load(cls, bundle: Path) -> Manifest:
+        """Read ``manifest.json`` of a bundle.
+
+        Raises:
+            BundleError: no manifest, another revision, or fields missing or wrong (all of them are named).
+        """
+        path = bundle / MANIFEST_FILE
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise BundleError(
+                f"{bundle} is not a bundle: it holds no {MANIFEST_FILE}; `blipstream build` writes one"
+            ) from None
+        try:
+            head = _Revision.model_validate_json(text)
+            if head.revision != BUNDLE_REVISION:
+                raise BundleError(
+                    f"{path} is of bundle revision {head.revision}, and this version of Blipstream reads revision "
+                    f"{BUNDLE_REVISION}: build the bundle again"
+                )
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+            raise BundleError(f"{path} is not a valid manifest: {faults}") from None
+
+    def dump(self, bundle: Path) -> None:
+        """Write ``manifest.json`` into a bundle."""
+        (bundle / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class _Revision(BaseModel):
+    revision: int

@@ -1,0 +1,1 @@
+"""The decode loop: schedule, run, postprocess. Knows neither Triton nor an inference engine."""
