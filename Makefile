@@ -1,0 +1,52 @@
+# Commands of the project; each works on a fresh machine with Python 3.10 to 3.13 and nothing else installed.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+WORK := .work
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo demo-checkpoint test check format bench clean
+
+help:
+	@echo "make demo             caption the sample images with the demo checkpoint, on a real Triton server"
+	@echo "make test             the whole test suite"
+	@echo "make check            ruff (lint and format) and mypy strict"
+	@echo "make bench            the benchmarks; adds rows to benchmarks/results/"
+	@echo "make demo-checkpoint  train the demo checkpoint again from nothing (2 cores, up to 4 hours, resumable)"
+	@echo "make format           let ruff put the code into its form"
+	@echo "make clean            remove the virtual environment and everything built"
+
+install: $(INSTALLED)
+
+# torch comes first and by version: left to the resolver, its newest build brings gigabytes of CUDA libraries along.
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "numpy<2"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python demo/run.py --work $(WORK)
+
+demo-checkpoint: $(INSTALLED)
+	cd demo && ../$(BIN)/python -m blipstream_demo train --work ../$(WORK)/demo-checkpoint
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.run --work $(WORK)
+
+clean:
+	rm -rf $(VENV) $(WORK) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
