@@ -1,1 +1,43 @@
-"""Inference engines behind one interface."""
+"""Inference engines behind one interface.
+
+:func:`create_engine` loads a graph by the engine's name in a bundle's manifest. :class:`CachedDecoder` turns the engine
+of a decoder graph into what the decode loop needs: a language model with a KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from blipstream.engines.base import BoundRun, Engine, TensorInfo
+from blipstream.engines.decoder import CachedDecoder
+from blipstream.errors import EngineError
+
+__all__ = ["BoundRun", "CachedDecoder", "Engine", "TensorInfo", "create_engine"]
+
+
+def _onnxruntime(path: Path, threads: int | None) -> Engine:
+    from blipstream.engines.onnxruntime import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(path, threads=threads)
+
+
+_ENGINES: dict[str, Callable[[Path, int | None], Engine]] = {
+    "onnxruntime": _onnxruntime,
+}
+
+
+def create_engine(name: str, path: Path, *, threads: int | None = None) -> Engine:
+    """Load the graph at ``path`` with the engine called ``name`` (``Manifest.engine``).
+
+    Args:
+        name: a name that a manifest may hold.
+        path: the graph's file.
+        threads: CPU threads of one run; all cores of this process by default.
+
+    Raises:
+        EngineError: no engine of that name, or the graph cannot be loaded.
+    """
+    if name not in _ENGINES:
+        raise EngineError(f"there is no engine called {name!r}; this version knows {', '.join(_ENGINES)}")
+    return _ENGINES[name](path, threads)

@@ -1,0 +1,113 @@
+"""The interface of an inference engine: one loaded graph, run on NumPy arrays."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from blipstream.engines.cache import KVCache
+from blipstream.errors import EngineError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a loaded graph."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+    """One entry a dimension: a size, or the name of a free dimension (None when it has none)."""
+
+
+class BoundRun(Protocol):
+    """A run whose inputs and outputs are fixed memory (:meth:`Engine.bind`)."""
+
+    def run(self) -> None:
+        """Read the bound inputs, write the bound outputs.
+
+        Raises:
+            EngineError: the graph failed; the outputs are undefined.
+        """
+        ...
+
+
+class Engine(ABC):
+    """One graph, loaded and ready to run. Its own resources end with :meth:`close` or with the ``with`` block.
+
+    :meth:`run` may be called from several threads at once; a bound run belongs to one thread at a time.
+    """
+
+    def __init__(self, name: str, inputs: tuple[TensorInfo, ...], outputs: tuple[TensorInfo, ...]) -> None:
+        self.name = name
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph once; ``inputs`` maps each input's name to an array, the result does so for the outputs.
+
+        Raises:
+            EngineError: an input is missing, unknown or of another type or rank, or the graph failed.
+        """
+        self._check("input", self.inputs, inputs)
+        return self._run(inputs)
+
+    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundRun:
+        """Prepare a run that reads and writes the given C-contiguous arrays in place, without copies.
+
+        An output may share its memory with an input where the graph allows it, as the KV cache of a decoder does.
+
+        Raises:
+            EngineError: an array is missing, unknown, not contiguous, or of another type or rank.
+        """
+        self._check("input", self.inputs, inputs)
+        self._check("output", self.outputs, outputs)
+        for name, array in (*inputs.items(), *outputs.items()):
+            if not array.flags.c_contiguous:
+                raise EngineError(f"{self.name}: the array bound to {name} must be C-contiguous, but it is not")
+        return self._bind(inputs, outputs)
+
+    def allocate_cache(
+        self, *, num_layers: int, num_rows: int, num_heads: int, max_tokens: int, head_dim: int
+    ) -> KVCache:
+        """Allocate a KV cache in the memory that this engine computes in: the host's, unless an engine overrides it."""
+        return KVCache(num_layers, num_rows, num_heads, max_tokens, head_dim)
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
+
+    @abstractmethod
+    def _bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundRun: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the graph and its threads; further runs raise :class:`EngineError`. May be called twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _check(self, kind: str, declared: tuple[TensorInfo, ...], given: Mapping[str, Array]) -> None:
+        if len(given) != len(declared) or any(info.name not in given for info in declared):
+            expected = ", ".join(info.name for info in declared)
+            raise EngineError(
+                f"{self.name}: expected the {kind}s {expected}, but was given {', '.join(given) or 'none'}"
+            )
+        for info in declared:
+            array = given[info.name]
+            if array.dtype != info.dtype or array.ndim != len(info.shape):
+                raise EngineError(
+                    f"{self.name}: {kind} {info.name} must be {info.dtype} with {len(info.shape)} dimensions, "
+                    f"but it is {array.dtype} with {array.ndim}"
+                )
