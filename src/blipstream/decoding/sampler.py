@@ -1,0 +1,195 @@
+"""From logits to tokens: penalties, bans and sampling, in the order and with the meaning of ``transformers``.
+
+Greedy rows without penalties are one ``argmax`` over the whole batch; any other row is worked on alone, with the state
+of its own sequence: what a sequence draws never depends on its neighbours.
+
+The functions here follow the logits processors of ``transformers`` (``generation/logits_process.py``); the presence
+and frequency penalties, which it lacks, follow TensorRT-LLM and count generated tokens only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from blipstream.decoding.request import SamplingParams
+from blipstream.errors import BlipstreamError, EngineError, InvalidRequestError
+
+Scores = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The token chosen for a sequence."""
+
+    token_id: int
+    log_prob: float | None
+    """Natural logarithm of its probability under the unmodified logits, when asked for."""
+
+
+class TokenChooser:
+    """Chooses the tokens of one sequence; keeps what that needs of the sequence's past.
+
+    Args:
+        params: how to choose.
+        prompt_ids: ids of the prompt, the placeholders of its soft tokens included.
+        eos_token_ids: ids that ``min_tokens`` bans.
+        bad_words: token sequences that are never completed.
+        vocab_size: width V of the logits.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        prompt_ids: Sequence[int],
+        eos_token_ids: Collection[int],
+        bad_words: Collection[tuple[int, ...]],
+        vocab_size: int,
+    ) -> None:
+        self._params = params
+        self._eos_token_ids = list(eos_token_ids)
+        self._bad_words = [word for word in bad_words if len(word) > 1 or word[0] not in eos_token_ids]
+        self._history = list(prompt_ids)
+        self._seen = {token for token in prompt_ids if token < vocab_size}
+        self._generated: Counter[int] = Counter()
+        self._num_generated = 0
+        self._rng = None if params.greedy else np.random.Generator(np.random.Philox(params.seed))
+
+    @property
+    def takes_argmax(self) -> bool:
+        """Whether the next token is the largest of the unmodified logits."""
+        params = self._params
+        return (
+            params.greedy
+            and params.repetition_penalty == 1.0
+            and params.presence_penalty == 0.0
+            and params.frequency_penalty == 0.0
+            and not self._bad_words
+            and self._num_generated >= params.min_tokens
+        )
+
+    def choose(self, logits: Scores, argmax: int) -> Choice:
+        """Choose the next token from its logits (V,), which are finite, and take it into the sequence's past.
+
+        Raises:
+            InvalidRequestError: penalties and bans leave no token that could be chosen.
+        """
+        token = argmax if self.takes_argmax else self._pick(logits.copy())
+        log_prob = _log_prob(logits, token) if self._params.log_probs else None
+        self._history.append(token)
+        self._seen.add(token)
+        self._generated[token] += 1
+        self._num_generated += 1
+        return Choice(token, log_prob)
+
+    def _pick(self, scores: Scores) -> int:
+        with np.errstate(over="ignore", invalid="ignore"):  # an extreme penalty may overflow; what it leaves is checked
+            self._adjust(scores)
+            best = int(scores.argmax())
+            if not np.isfinite(scores[best]):
+                raise InvalidRequestError("the penalties, bad_words and min_tokens leave no token that can be chosen")
+            return best if self._rng is None else self._sample(scores, self._rng)
+
+    def _adjust(self, scores: Scores) -> None:
+        params = self._params
+        if params.repetition_penalty != 1.0:
+            penalise_repetition(scores, np.fromiter(self._seen, np.int64), params.repetition_penalty)
+        if self._generated and (params.presence_penalty or params.frequency_penalty):
+            ids = np.fromiter(self._generated, np.int64)
+            counts = np.fromiter(self._generated.values(), np.float32)
+            scores[ids] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts
+        for word in self._bad_words:
+            if len(word) == 1 or tuple(self._history[1 - len(word) :]) == word[:-1]:
+                scores[word[-1]] = -np.inf
+        if self._num_generated < params.min_tokens:
+            scores[self._eos_token_ids] = -np.inf
+
+    def _sample(self, scores: Scores, rng: np.random.Generator) -> int:
+        params = self._params
+        ids: Ids = np.arange(len(scores))
+        if params.temperature is not None and params.temperature != 1.0:
+            scores = (scores - scores.max()) / np.float32(params.temperature)  # shifted, so that it cannot overflow
+        if params.top_k:
+            ids, scores = keep_top_k(ids, scores, params.top_k)
+        if params.top_p is not None and 0.0 < params.top_p < 1.0:
+            ids, scores = keep_top_p(ids, scores, params.top_p)
+        cumulative = np.cumsum(softmax(scores), dtype=np.float64)
+        return int(ids[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+
+
+def choose_tokens(logits: Scores, choosers: Sequence[TokenChooser]) -> list[Choice | BlipstreamError]:
+    """Choose the next token of each sequence from its row of the logits (B, V).
+
+    A row with NaN or infinite logits, or one whose request leaves no token to choose, yields its error in place of a
+    choice; the other rows are not affected.
+    """
+    argmax = logits.argmax(axis=1)  # the first of equal logits, as torch does
+    choices: list[Choice | BlipstreamError] = []
+    for row, (chooser, finite) in enumerate(zip(choosers, _finite_rows(logits), strict=True)):
+        if not finite:
+            choices.append(EngineError("the language model computed logits that are not finite numbers"))
+            continue
+        try:
+            choices.append(chooser.choose(logits[row], int(argmax[row])))
+        except InvalidRequestError as error:
+            choices.append(error)
+    return choices
+
+
+def penalise_repetition(scores: Scores, token_ids: Ids, penalty: float) -> None:
+    """Divide the positive ones among the scores (V,) of the given tokens by the penalty, multiply the others."""
+    seen = scores[token_ids]
+    scores[token_ids] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
+
+
+def keep_top_k(ids: Ids, scores: Scores, k: int) -> tuple[Ids, Scores]:
+    """The tokens whose score reaches the k-th largest: k of them, or more where scores are equal there."""
+    if k >= len(scores):
+        return ids, scores
+    kept = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+    return ids[kept], scores[kept]
+
+
+def keep_top_p(ids: Ids, scores: Scores, p: float) -> tuple[Ids, Scores]:
+    """The smallest set of most probable tokens whose probabilities add up to p, at least one.
+
+    Counted from below, as in ``transformers``: a token goes if it and the less probable ones add up to at most 1 - p.
+    Tokens of probability (1 - p) / V or less always go, whatever their order, so only the others are sorted.
+    """
+    probs = softmax(scores)
+    candidates = np.flatnonzero(probs > (1.0 - p) / len(probs))
+    order = candidates[np.argsort(scores[candidates], kind="stable")]
+    below = probs.sum(dtype=np.float64) - probs[candidates].sum(dtype=np.float64)
+    cumulative = below + np.cumsum(probs[order], dtype=np.float64)
+    first_kept = min(int(np.searchsorted(cumulative, 1.0 - p, side="right")), len(order) - 1)
+    kept = np.sort(order[first_kept:])
+    return ids[kept], scores[kept]
+
+
+def softmax(scores: Scores) -> Scores:
+    """Probabilities (V,) of finite or minus infinite scores (V,), at least one of them finite."""
+    exps: Scores = np.exp(scores - scores.max())
+    exps /= exps.sum()
+    return exps
+
+
+def _log_prob(logits: Scores, token: int) -> float:
+    shifted = logits.astype(np.float64) - logits.max()
+    return float(shifted[token] - np.log(np.exp(shifted).sum()))
+
+
+def _finite_rows(logits: Scores) -> list[bool]:
+    """Whether each row (V,) of the logits (B, V) holds finite numbers alone.
+
+    A sum is finite only if its terms are, and far cheaper than testing each; finite terms may overflow, so a sum that
+    is not finite is looked into.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = logits.sum(axis=1)
+    return [bool(np.isfinite(total) or np.isfinite(row).all()) for total, row in zip(sums, logits, strict=True)]
