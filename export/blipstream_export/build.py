@@ -1,0 +1,281 @@
+"""``blipstream build``: checkpoint -> wrappers -> graphs -> bundle -> parity, one stage after the other."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blipstream.contract import (
+    BLIP2,
+    BUNDLE_REVISION,
+    DECODER_FILE,
+    GRAPH_FILE,
+    MODEL_VERSION,
+    QFORMER,
+    TOKENIZER_FILE,
+    VISION_ENCODER,
+    DecoderSection,
+    GenerationSection,
+    Manifest,
+    QFormerSection,
+    VisionSection,
+)
+from blipstream.errors import BundleError, UnsupportedCheckpointError
+from blipstream_export.bundle import check_output, copy_models, list_files, new_bundle
+from blipstream_export.checkpoint import Checkpoint, load_model, open_checkpoint
+from blipstream_export.families import DecoderWrapper
+from blipstream_export.generation import generation_notes, generation_section
+from blipstream_export.graphs import decoder_inputs, export_graph, qformer_inputs, vision_inputs
+from blipstream_export.models.qformer import QFormer
+from blipstream_export.models.vision import VisionEncoder
+from blipstream_export.parity import ParityReport, Thresholds, measure
+from blipstream_export.reference import compute_reference
+from blipstream_export.tokenizer import check_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Blip2ForConditionalGeneration
+
+PRECISIONS = ("fp32",)
+DEFAULT_MAX_TOKENS = 256
+_ENGINE = "onnxruntime"
+_VERSIONED = ("blipstream", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    Raises:
+        UnsupportedCheckpointError: a precision that is not built.
+        BundleError: a size below 1.
+    """
+
+    precision: str = "fp32"
+    max_sequences: int = 16
+    """Sequences that decode at once."""
+    max_tokens: int | None = None
+    """Tokens of one sequence (soft tokens, prompt and answer); by default 256, or what the model can read if less."""
+    replace: bool = False
+    """Replace an existing bundle."""
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UnsupportedCheckpointError(
+                f"precision {self.precision!r} is not built: expected one of {', '.join(PRECISIONS)}"
+            )
+        for name in ("max_sequences", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BundleError(f"{name} must be at least 1, but it is {value}")
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one stage of a build cost."""
+
+    name: str
+    seconds: float
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished bundle, and how it came about."""
+
+    bundle: Path
+    manifest: Manifest
+    parity: ParityReport
+    stages: tuple[StageResult, ...]
+    notes: tuple[str, ...]
+    """What a user should know, one sentence each."""
+
+
+STAGES = ("checkpoint", "reference", VISION_ENCODER, QFORMER, "decoder", "bundle", "parity")
+"""Names of the stages, in their order."""
+
+
+def build(
+    source: str,
+    output: Path,
+    options: BuildOptions | None = None,
+    *,
+    on_stage: Callable[[str], None] = lambda name: None,
+) -> BuildResult:
+    """Build the bundle ``output`` from a checkpoint: a folder or a hub id in the Hugging Face layout.
+
+    Args:
+        source: the checkpoint.
+        output: the bundle's folder; it appears when the build has succeeded.
+        options: what to build.
+        on_stage: is called with each of :data:`STAGES` as it begins.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, inconsistent or of a kind that is not served.
+        BundleError: the output is in the way, or the options do not fit the checkpoint.
+        ParityError: the graphs do not reproduce the checkpoint.
+    """
+    options = options or BuildOptions()
+    check_output(output, replace=options.replace)
+    with quiet_transformers(), new_bundle(output, replace=options.replace) as folder:
+        run = _Build(source, folder, options, on_stage)
+        manifest, parity = run.run()
+    return BuildResult(output, manifest, parity, tuple(run.stages), tuple(run.notes))
+
+
+class _Build:
+    """One build into ``folder``; holds the checkpoint's model until the last graph is written."""
+
+    def __init__(self, source: str, folder: Path, options: BuildOptions, on_stage: Callable[[str], None]) -> None:
+        self._source = source
+        self._folder = folder
+        self._options = options
+        self._on_stage = on_stage
+        self.stages: list[StageResult] = []
+        self.notes: list[str] = []
+
+    def run(self) -> tuple[Manifest, ParityReport]:
+        with self._stage("checkpoint"):
+            checkpoint = open_checkpoint(self._source)
+            tokenizer = check_tokenizer(checkpoint)
+            max_tokens = _max_tokens(self._options, checkpoint)
+            model = load_model(checkpoint)
+            generation = generation_section(model, image_token_id=checkpoint.config.image_token_index)
+            self.notes += generation_notes(model)
+        with self._stage("reference"):
+            reference = compute_reference(model, checkpoint, max_tokens)
+        self._export_images(model, checkpoint)
+        decoder = self._export_decoder(model, checkpoint)
+        sizes = _decoder_section(checkpoint, decoder, self._options.max_sequences, max_tokens)
+        del model, decoder
+        gc.collect()  # the parity run loads the graphs: the checkpoint's weights must be gone by then
+        with self._stage("bundle"):
+            save_tokenizer(tokenizer, self._folder / BLIP2 / MODEL_VERSION / TOKENIZER_FILE)
+            manifest = _manifest(checkpoint, sizes, generation, self._options.precision)
+            copy_models(self._folder, {**manifest.dims(), "max_sequences": sizes.max_sequences})
+            manifest = manifest.model_copy(update={"files": list_files(self._folder)})
+            manifest.dump(self._folder)
+        with self._stage("parity"):
+            parity = measure(self._folder, manifest, reference, self._options.thresholds)
+            parity.check()
+            parity.dump(self._folder)
+        return manifest, parity
+
+    def _export_images(self, model: Blip2ForConditionalGeneration, checkpoint: Checkpoint) -> None:
+        vision_config = checkpoint.config.vision_config
+        with self._stage(VISION_ENCODER) as written:
+            encoder = VisionEncoder(model.vision_model)
+            written(self._export(encoder, vision_inputs(checkpoint.image.size), VISION_ENCODER, GRAPH_FILE))
+        model.vision_model = None
+        del encoder
+        with self._stage(QFORMER) as written:
+            inputs = qformer_inputs(_num_image_tokens(checkpoint), vision_config.hidden_size)
+            written(self._export(QFormer(model), inputs, QFORMER, GRAPH_FILE))
+        model.qformer = None
+
+    def _export_decoder(self, model: Blip2ForConditionalGeneration, checkpoint: Checkpoint) -> DecoderWrapper:
+        with self._stage("decoder") as written:
+            decoder: Any = checkpoint.family.wrap_decoder(model.language_model, release=True)
+            written(self._export(decoder, decoder_inputs(decoder), BLIP2, DECODER_FILE))
+        wrapper: DecoderWrapper = decoder
+        return wrapper
+
+    def _export(self, module: Any, inputs: Any, model: str, file: str) -> int:
+        return export_graph(module, inputs, self._folder / model / MODEL_VERSION / file, engine=_ENGINE)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[Callable[[int], None]]:
+        self._on_stage(name)
+        sizes: list[int] = []
+        started = time.perf_counter()
+        yield sizes.append
+        self.stages.append(StageResult(name, time.perf_counter() - started, sum(sizes) if sizes else None))
+
+
+def _max_tokens(options: BuildOptions, checkpoint: Checkpoint) -> int:
+    """Tokens of one row: as asked for, checked against what the model reads and needs."""
+    config = checkpoint.config
+    longest = int(config.text_config.max_position_embeddings)
+    wanted = min(DEFAULT_MAX_TOKENS, longest) if options.max_tokens is None else options.max_tokens
+    if wanted > longest:
+        raise BundleError(f"max_tokens = {wanted} is more than the language model reads: it has {longest} positions")
+    shortest = config.num_query_tokens + 2  # a begin token and a generated one
+    if wanted < shortest:
+        raise BundleError(
+            f"max_tokens = {wanted} leaves no room for text behind {config.num_query_tokens} soft tokens: expected at "
+            f"least {shortest}"
+        )
+    return wanted
+
+
+def _num_image_tokens(checkpoint: Checkpoint) -> int:
+    patch = checkpoint.config.vision_config.patch_size
+    side = checkpoint.image.size // (patch if isinstance(patch, int) else patch[0])
+    return int(side * side + 1)
+
+
+def _decoder_section(
+    checkpoint: Checkpoint, decoder: DecoderWrapper, max_sequences: int, max_tokens: int
+) -> DecoderSection:
+    return DecoderSection(
+        family=checkpoint.family.text_model_type,
+        num_layers=decoder.num_layers,
+        num_key_value_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        hidden_size=decoder.embed_dim,
+        vocab_size=decoder.vocab_size,
+        max_sequences=max_sequences,
+        max_tokens=max_tokens,
+    )
+
+
+def _manifest(
+    checkpoint: Checkpoint, decoder: DecoderSection, generation: GenerationSection, precision: str
+) -> Manifest:
+    vision, qformer = checkpoint.config.vision_config, checkpoint.config.qformer_config
+    return Manifest(
+        revision=BUNDLE_REVISION,
+        kind=checkpoint.family.kind,
+        source=checkpoint.name,
+        engine=_ENGINE,
+        precision=dict.fromkeys((VISION_ENCODER, QFORMER, "decoder"), precision),
+        image=checkpoint.image,
+        vision=VisionSection(
+            num_image_tokens=_num_image_tokens(checkpoint),
+            hidden_size=vision.hidden_size,
+            num_layers=vision.num_hidden_layers,
+        ),
+        qformer=QFormerSection(
+            num_query_tokens=checkpoint.config.num_query_tokens,
+            hidden_size=qformer.hidden_size,
+            num_layers=qformer.num_hidden_layers,
+        ),
+        decoder=decoder,
+        generation=generation,
+        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+        files={},
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep progress bars and remarks of transformers off the terminal; what fails is raised all the same."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = transformers_logging.get_logger("transformers")
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

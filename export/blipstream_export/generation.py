@@ -1,0 +1,93 @@
+"""Prompt framing and defaults of ``generate``, as transformers computes them for this checkpoint.
+
+``Blip2ForConditionalGeneration.generate`` hands over to the language model's own ``generate``, whose defaults come from
+the text configuration; a ``generation_config.json`` beside the checkpoint is loaded by transformers 5 and not read.
+Blipstream does the same, and says so where that file asks for something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from blipstream.contract import GenerationSection
+from blipstream.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import Blip2ForConditionalGeneration
+
+DEFAULT_NEW_TOKENS = 20
+"""New tokens that ``generate`` makes when nobody says how many."""
+
+_NEUTRAL: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "max_length": DEFAULT_NEW_TOKENS,
+}
+"""Defaults of a generation configuration that a bundle cannot hold, with the values that change nothing."""
+
+_HELD = ("max_new_tokens", "repetition_penalty", "eos_token_id")
+_FILE = "generation_config.json"
+
+
+def generation_section(model: Blip2ForConditionalGeneration, *, image_token_id: int | None) -> GenerationSection:
+    """The manifest's generation section.
+
+    Raises:
+        CheckpointError: an end token is outside the vocabulary.
+    """
+    defaults, text = model.language_model.generation_config, model.config.text_config
+    eos = _as_tuple(defaults.eos_token_id)
+    if any(not 0 <= token < text.vocab_size for token in eos):
+        raise CheckpointError(
+            f"eos_token_id = {defaults.eos_token_id} is outside the language model's vocabulary of "
+            f"{text.vocab_size} tokens"
+        )
+    return GenerationSection(
+        bos_token_id=int(text.bos_token_id),
+        eos_token_ids=eos,
+        pad_token_id=defaults.pad_token_id,
+        image_token_id=image_token_id,
+        max_new_tokens=int(defaults.max_new_tokens or DEFAULT_NEW_TOKENS),
+        repetition_penalty=float(1.0 if defaults.repetition_penalty is None else defaults.repetition_penalty),
+    )
+
+
+def generation_notes(model: Blip2ForConditionalGeneration) -> list[str]:
+    """One sentence for each default that the bundle does not carry, for the terminal."""
+    used, beside = model.language_model.generation_config, model.generation_config
+    notes = []
+    unheld = _differences(used, {name: (value, None) for name, value in _NEUTRAL.items()})
+    if unheld:
+        notes.append(
+            f"the language model's defaults ask for {unheld}, which the bundle does not carry: requests that say "
+            "nothing are decoded greedily"
+        )
+    everywhere = {name: (value, None) for name, value in _NEUTRAL.items()}
+    everywhere |= {name: (getattr(used, name), None) for name in _HELD}
+    ignored = _differences(beside, everywhere)
+    if ignored:
+        notes.append(
+            f"{_FILE} asks for {ignored}, which the checkpoint's own generate does not read, and neither does the "
+            "bundle: requests have to say so"
+        )
+    return notes
+
+
+def _differences(config: Any, neutral: Mapping[str, tuple[Any, ...]]) -> str:
+    values = {name: getattr(config, name, None) for name in neutral}
+    return ", ".join(f"{name} = {value}" for name, value in values.items() if value not in (*neutral[name], None))
+
+
+def _as_tuple(token: int | list[int] | None) -> tuple[int, ...]:
+    if token is None:
+        return ()
+    return tuple(token) if isinstance(token, list) else (int(token),)

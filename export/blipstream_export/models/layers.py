@@ -1,0 +1,63 @@
+"""Pieces that the wrappers share. Activations are flat, (rows, width), so that a linear layer is one Gemm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def fuse_linear(parts: Sequence[nn.Linear]) -> nn.Linear:
+    """One linear layer whose output is the concatenation of the outputs of ``parts``, in their order."""
+    weight = torch.cat([part.weight.detach() for part in parts])
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = torch.cat([_bias(part) for part in parts])
+    return make_linear(weight, bias)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer around existing tensors, ``weight`` (out, in) and ``bias`` (out,); nothing is copied."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def affine_norm(norm: nn.LayerNorm) -> nn.LayerNorm:
+    """The norm itself, or the same one with a weight of ones and a bias of zeros where it has none."""
+    if norm.elementwise_affine and norm.bias is not None:
+        return norm
+    affine = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
+    if norm.elementwise_affine:
+        affine.weight = norm.weight
+    return affine.requires_grad_(False)
+
+
+def pad_head_rows(layer: nn.Linear, head_dim: int, padded: int) -> nn.Linear:
+    """Widen each head of a projection's output from ``head_dim`` to ``padded`` by zeros."""
+    if head_dim == padded:
+        return layer
+    weight = _pad_heads(layer.weight.detach(), head_dim, padded)
+    bias = None if layer.bias is None else _pad_heads(layer.bias.detach(), head_dim, padded)
+    return make_linear(weight, bias)
+
+
+def pad_head_columns(layer: nn.Linear, head_dim: int, padded: int) -> nn.Linear:
+    """Let a projection read heads that are ``padded`` wide, of which the first ``head_dim`` entries count."""
+    if head_dim == padded:
+        return layer
+    weight = _pad_heads(layer.weight.detach().T, head_dim, padded).T.contiguous()
+    return make_linear(weight, None if layer.bias is None else layer.bias.detach())
+
+
+def _pad_heads(x: Tensor, head_dim: int, padded: int) -> Tensor:
+    heads = x.unflatten(0, (-1, head_dim))  # (H, D, ...)
+    zeros = x.new_zeros(heads.shape[0], padded - head_dim, *x.shape[1:])
+    return torch.cat([heads, zeros], dim=1).flatten(0, 1)
+
+
+def _bias(layer: nn.Linear) -> Tensor:
+    return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()

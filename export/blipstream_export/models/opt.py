@@ -1,0 +1,143 @@
+"""OPT as a decoder for serving: one graph for prefill and decode step (see ``blipstream.contract``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from blipstream_export.models.layers import affine_norm, fuse_linear, pad_head_columns, pad_head_rows
+from blipstream_export.ops import cached_attention
+
+if TYPE_CHECKING:
+    from transformers import OPTForCausalLM
+
+HEAD_DIM_MULTIPLE = 8
+"""ONNX Runtime's GroupQueryAttention wants head sizes that are multiples of this; smaller ones are padded by zeros,
+which changes neither the scores nor the output."""
+
+
+class OPTDecoder(nn.Module):
+    """``OPTForCausalLM`` with its KV cache as inputs and outputs, every variant of the architecture.
+
+    Args:
+        source: the model of transformers; parameters are shared where their layout stays.
+        release: take the attention modules out of ``source`` one by one, so that fusing doubles one layer at a time
+            and not all of them. ``source`` cannot run afterwards.
+    """
+
+    def __init__(self, source: OPTForCausalLM, *, release: bool = False) -> None:
+        super().__init__()
+        config, decoder = source.config, source.model.decoder
+        offset = decoder.embed_positions.offset
+        self.embed_tokens = decoder.embed_tokens
+        self.positions = nn.Parameter(decoder.embed_positions.weight.detach()[offset:].clone(), requires_grad=False)
+        self.project_in, self.project_out = decoder.project_in, decoder.project_out
+        self.layers = nn.ModuleList()
+        for layer in decoder.layers:
+            self.layers.append(_OPTLayer(layer))
+            if release:
+                layer.self_attn = None
+        norm = decoder.final_layer_norm
+        self.final_norm = None if norm is None else affine_norm(norm)
+        self.lm_head = source.lm_head
+        self.num_layers = int(config.num_hidden_layers)
+        self.num_kv_heads = int(config.num_attention_heads)
+        self.head_dim = int(self.layers[0].head_dim) if self.layers else HEAD_DIM_MULTIPLE
+        self.embed_dim = int(self.embed_tokens.embedding_dim)
+        self.vocab_size = int(self.lm_head.out_features)
+        self.max_positions = int(config.max_position_embeddings)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        soft_tokens: Tensor,
+        position_ids: Tensor,
+        last_index: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
+        past: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Run B rows of S tokens; shapes and meaning are those of the decoder's graph in ``blipstream.contract``.
+
+        Args:
+            input_ids: (B, S) int64; -(1 + k) stands for row k of ``soft_tokens``.
+            soft_tokens: (N, D) float32.
+            position_ids: (B, S) int64.
+            last_index: (B,) int64, the token of each row whose logits are wanted.
+            seqlens_k: (B,) int32.
+            total_sequence_length: () int32.
+            past: key and value (B, H, T, D_head) of each layer in turn.
+
+        Returns:
+            logits (B, V) float32, then the present key and value of each layer in turn.
+        """
+        batch, length = input_ids.shape
+        hidden = self._embed(input_ids.reshape(-1), soft_tokens, position_ids.reshape(-1))  # (B * S, C)
+        last_rows = torch.arange(batch) * length + last_index  # (B,)
+        present: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            key, value = past[2 * index], past[2 * index + 1]
+            attended, key, value = layer.attend(hidden, batch, key, value, seqlens_k, total_sequence_length)
+            present += [key, value]
+            if index == self.num_layers - 1:  # behind the last attention, only the wanted tokens count
+                hidden, attended = hidden.index_select(0, last_rows), attended.index_select(0, last_rows)
+            hidden = layer.feed_forward(hidden, attended)
+        return (self._logits(hidden), *present)
+
+    def _embed(self, ids: Tensor, soft_tokens: Tensor, positions: Tensor) -> Tensor:
+        soft = soft_tokens.index_select(0, torch.clamp(-1 - ids, min=0))
+        words = self.embed_tokens(torch.clamp(ids, min=0))
+        embedded = torch.where((ids < 0).unsqueeze(-1), soft, words)
+        if self.project_in is not None:
+            embedded = self.project_in(embedded)
+        return embedded + self.positions.index_select(0, positions)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        return self.lm_head(hidden)
+
+
+class _OPTLayer(nn.Module):
+    """One layer on flat activations (B * S, C); the norms stand before or behind attention and feed-forward."""
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        heads = source.self_attn
+        self.pre_norm = bool(source.do_layer_norm_before)
+        self.num_heads = int(heads.num_heads)
+        self.scale = float(heads.scaling)
+        self.head_dim = -(-heads.head_dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
+        parts = [
+            pad_head_rows(part, heads.head_dim, self.head_dim) for part in (heads.q_proj, heads.k_proj, heads.v_proj)
+        ]
+        self.qkv = fuse_linear(parts)
+        self.out_proj = pad_head_columns(heads.out_proj, heads.head_dim, self.head_dim)
+        self.attention_norm = affine_norm(source.self_attn_layer_norm)
+        self.fc1, self.activation, self.fc2 = source.fc1, source.activation_fn, source.fc2
+        self.final_norm = affine_norm(source.final_layer_norm)
+
+    def attend(
+        self, hidden: Tensor, batch: int, key: Tensor, value: Tensor, seqlens_k: Tensor, total_sequence_length: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Self-attention without its output projection: (B * S, H * D_head), and the layer's cache."""
+        normed = self.attention_norm(hidden) if self.pre_norm else hidden
+        qkv = self.qkv(normed).reshape(batch, -1, self.qkv.out_features)
+        attended, key, value = cached_attention(
+            qkv, key, value, seqlens_k, total_sequence_length, self.num_heads, self.num_heads, self.scale
+        )
+        return attended.flatten(0, 1), key, value
+
+    def feed_forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the layer, on any rows of the activations."""
+        hidden = hidden + self.out_proj(attended)
+        if not self.pre_norm:
+            hidden = self.attention_norm(hidden)
+        normed = self.final_norm(hidden) if self.pre_norm else hidden
+        hidden = hidden + self.fc2(self.activation(self.fc1(normed)))
+        return hidden if self.pre_norm else self.final_norm(hidden)
