@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from blipstream.contract import (
     BLIP2,
@@ -39,12 +39,9 @@ from blipstream_export.parity import ParityReport, Thresholds, measure
 from blipstream_export.reference import compute_reference
 from blipstream_export.tokenizer import check_tokenizer, save_tokenizer
 
-if TYPE_CHECKING:
-    from transformers import Blip2ForConditionalGeneration
-
 PRECISIONS = ("fp32",)
 DEFAULT_MAX_TOKENS = 256
-_ENGINE = "onnxruntime"
+_ENGINE: Literal["onnxruntime"] = "onnxruntime"
 _VERSIONED = ("blipstream", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -107,7 +104,7 @@ def build(
     output: Path,
     options: BuildOptions | None = None,
     *,
-    on_stage: Callable[[str], None] = lambda name: None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> BuildResult:
     """Build the bundle ``output`` from a checkpoint: a folder or a hub id in the Hugging Face layout.
 
@@ -125,7 +122,7 @@ def build(
     options = options or BuildOptions()
     check_output(output, replace=options.replace)
     with quiet_transformers(), new_bundle(output, replace=options.replace) as folder:
-        run = _Build(source, folder, options, on_stage)
+        run = _Build(source, folder, options, on_stage or (lambda _: None))
         manifest, parity = run.run()
     return BuildResult(output, manifest, parity, tuple(run.stages), tuple(run.notes))
 
@@ -168,7 +165,7 @@ class _Build:
             parity.dump(self._folder)
         return manifest, parity
 
-    def _export_images(self, model: Blip2ForConditionalGeneration, checkpoint: Checkpoint) -> None:
+    def _export_images(self, model: Any, checkpoint: Checkpoint) -> None:
         vision_config = checkpoint.config.vision_config
         with self._stage(VISION_ENCODER) as written:
             encoder = VisionEncoder(model.vision_model)
@@ -180,7 +177,7 @@ class _Build:
             written(self._export(QFormer(model), inputs, QFORMER, GRAPH_FILE))
         model.qformer = None
 
-    def _export_decoder(self, model: Blip2ForConditionalGeneration, checkpoint: Checkpoint) -> DecoderWrapper:
+    def _export_decoder(self, model: Any, checkpoint: Checkpoint) -> DecoderWrapper:
         with self._stage("decoder") as written:
             decoder: Any = checkpoint.family.wrap_decoder(model.language_model, release=True)
             written(self._export(decoder, decoder_inputs(decoder), BLIP2, DECODER_FILE))
@@ -272,10 +269,10 @@ def quiet_transformers() -> Iterator[None]:
     logger = transformers_logging.get_logger("transformers")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logger.setLevel(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

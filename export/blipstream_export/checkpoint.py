@@ -19,7 +19,7 @@ from blipstream_export.families import Family, find_family
 from blipstream_export.weights import TensorHeader, read_headers, read_json
 
 if TYPE_CHECKING:
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
+    from transformers import Blip2Processor
 
 CONFIG_FILE = "config.json"
 PLACEHOLDER = "<image>"
@@ -38,9 +38,9 @@ class Checkpoint:
     name: str
     """The folder's name, or the hub id."""
     family: Family
-    config: Blip2Config
-    """With ``num_query_tokens`` and ``image_token_index`` filled in where an old configuration lacks them; the latter
-    stays None where the language model has no row for the placeholder ``<image>``."""
+    config: Any
+    """A ``Blip2Config``, with ``num_query_tokens`` and ``image_token_index`` filled in where an old configuration lacks
+    them; the latter stays None where the language model has no row for the placeholder ``<image>``."""
     processor: Blip2Processor
     """It puts ``num_query_tokens`` placeholders before a prompt, unless ``image_token_index`` is None."""
     image: ImageSection
@@ -69,8 +69,8 @@ def open_checkpoint(source: str) -> Checkpoint:
     return Checkpoint(folder, name, family, config, processor, _image_section(processor, config))
 
 
-def load_model(checkpoint: Checkpoint) -> Blip2ForConditionalGeneration:
-    """Load the weights in fp32, for inference.
+def load_model(checkpoint: Checkpoint) -> Any:
+    """Load the weights in fp32, for inference, into a ``Blip2ForConditionalGeneration``.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape than the configuration says.
@@ -79,7 +79,7 @@ def load_model(checkpoint: Checkpoint) -> Blip2ForConditionalGeneration:
     from transformers import Blip2ForConditionalGeneration
 
     with _faults_of(f"the weights of {checkpoint.folder}"):
-        model, info = Blip2ForConditionalGeneration.from_pretrained(
+        loaded: Any = Blip2ForConditionalGeneration.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,
             dtype=torch.float32,
@@ -88,6 +88,7 @@ def load_model(checkpoint: Checkpoint) -> Blip2ForConditionalGeneration:
             ignore_mismatched_sizes=True,  # reported below, all of them together
             output_loading_info=True,
         )
+    model, info = loaded
     _check_loading(info, checkpoint.folder)
     return model.eval().requires_grad_(False)
 
@@ -98,7 +99,7 @@ def _locate(source: str) -> Path:
         return folder.resolve()
     if folder.exists():
         raise CheckpointError(
-            f"{source} is a file, but a checkpoint is a folder in the Hugging Face layout, or a hub id"
+            f"{source} is a file, but a checkpoint is a folder in the Hugging Face layout or a hub id"
         )
     if not _HUB_ID.fullmatch(source):
         raise CheckpointError(f"there is no folder {source}, and a hub id would read owner/name")
@@ -132,7 +133,7 @@ def _load_processor(folder: Path) -> Blip2Processor:
         return Blip2Processor.from_pretrained(folder, local_files_only=True)
 
 
-def _frame(processor: Blip2Processor, config: Blip2Config, folder: Path) -> None:
+def _frame(processor: Blip2Processor, config: Any, folder: Path) -> None:
     """Agree on the placeholder of soft tokens and on their number; old checkpoints leave both to the code."""
     declared = processor.num_query_tokens
     if declared is not None and declared != config.num_query_tokens:
@@ -145,14 +146,14 @@ def _frame(processor: Blip2Processor, config: Blip2Config, folder: Path) -> None
     processor.num_query_tokens = None if config.image_token_index is None else config.num_query_tokens
 
 
-def _placeholder_id(processor: Blip2Processor, config: Blip2Config) -> int | None:
+def _placeholder_id(processor: Blip2Processor, config: Any) -> int | None:
     """The id of ``<image>`` for a configuration that names none, if the language model has a row for it."""
     token = processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
     known = isinstance(token, int) and token != processor.tokenizer.unk_token_id
     return token if known and token < config.text_config.vocab_size else None
 
 
-def _check_text_config(config: Blip2Config, source: str) -> None:
+def _check_text_config(config: Any, source: str) -> None:
     text = config.text_config
     if text.bos_token_id is None:
         raise UnsupportedCheckpointError(
@@ -171,23 +172,19 @@ def _check_text_config(config: Blip2Config, source: str) -> None:
         )
 
 
-def _image_section(processor: Blip2Processor, config: Blip2Config) -> ImageSection:
+def _image_section(processor: Blip2Processor, config: Any) -> ImageSection:
     images = processor.image_processor
     for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         if not getattr(images, step, False):
-            raise UnsupportedCheckpointError(
-                f"the image processor has {step} = false, and Blipstream serves it as true"
-            )
+            raise UnsupportedCheckpointError(f"the image processor has {step} = false, and only true is served")
     for step in ("do_center_crop", "do_pad"):
         if getattr(images, step, False):
-            raise UnsupportedCheckpointError(
-                f"the image processor has {step} = true, and Blipstream serves it as false"
-            )
+            raise UnsupportedCheckpointError(f"the image processor has {step} = true, and only false is served")
     size = _square(config.vision_config.image_size, "the vision encoder's image_size")
     height, width = images.size.get("height"), images.size.get("width")
     if height != size or width != size:
         raise CheckpointError(
-            f"the image processor makes images of size {dict(images.size)}, and the vision encoder reads {size} x {size}"
+            f"the image processor makes images of {dict(images.size)}, and the vision encoder reads {size} x {size}"
         )
     if images.resample not in _RESAMPLE:
         raise UnsupportedCheckpointError(

@@ -8,13 +8,10 @@ Blipstream does the same, and says so where that file asks for something else.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blipstream.contract import GenerationSection
 from blipstream.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from transformers import Blip2ForConditionalGeneration
 
 DEFAULT_NEW_TOKENS = 20
 """New tokens that ``generate`` makes when nobody says how many."""
@@ -38,7 +35,7 @@ _HELD = ("max_new_tokens", "repetition_penalty", "eos_token_id")
 _FILE = "generation_config.json"
 
 
-def generation_section(model: Blip2ForConditionalGeneration, *, image_token_id: int | None) -> GenerationSection:
+def generation_section(model: Any, *, image_token_id: int | None) -> GenerationSection:
     """The manifest's generation section.
 
     Raises:
@@ -61,7 +58,7 @@ def generation_section(model: Blip2ForConditionalGeneration, *, image_token_id: 
     )
 
 
-def generation_notes(model: Blip2ForConditionalGeneration) -> list[str]:
+def generation_notes(model: Any) -> list[str]:
     """One sentence for each default that the bundle does not carry, for the terminal."""
     used, beside = model.language_model.generation_config, model.generation_config
     notes = []

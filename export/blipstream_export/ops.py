@@ -31,7 +31,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: 
 
 
 @attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float) -> Tensor:
+def _(query: Tensor, *_: object) -> Tensor:
     return torch.empty_like(query)
 
 
@@ -68,7 +68,7 @@ def cached_attention(
     batch, length, _ = qkv.shape
     head_dim = past_key.shape[-1]
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    query, new_key, new_value = qkv.split(sizes, dim=-1)
+    query, new_key, new_value = torch.split(qkv, sizes, dim=-1)
     ends = seqlens_k.long() + 1  # (B,)
     starts = torch.zeros_like(ends) if length == int(total_sequence_length) else ends - length
     positions = starts[:, None] + torch.arange(length)  # (B, S)
@@ -87,14 +87,7 @@ def cached_attention(
 
 @cached_attention.register_fake
 def _(
-    qkv: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    seqlens_k: Tensor,
-    total_sequence_length: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
+    qkv: Tensor, past_key: Tensor, past_value: Tensor, _lengths: Tensor, _longest: Tensor, num_heads: int, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = qkv.new_empty(qkv.shape[0], qkv.shape[1], num_heads * past_key.shape[-1])
     return output, torch.empty_like(past_key), torch.empty_like(past_value)

@@ -165,7 +165,7 @@ def compare(stage: str, found: Floats, expected: Floats) -> StageParity:
 
 
 def _compare_decoder(decoder: Decoder, reference: Reference) -> list[StageParity]:
-    """Logits of prefill and of every decode step, rows of unequal lengths together, fed with the checkpoint's tokens."""
+    """Logits of prefill and decode steps, rows of unequal lengths together, fed with the checkpoint's tokens."""
     prefill: list[tuple[Floats, Floats]] = []
     steps: list[tuple[Floats, Floats]] = []
     texts = reference.texts
@@ -188,7 +188,7 @@ def _compare_all(stage: str, pairs: Sequence[tuple[Floats, Floats]]) -> StagePar
 def _serve(
     decoder: Decoder, manifest: Manifest, tokenizer: Path, soft_tokens: Floats, texts: Sequence[SampleText]
 ) -> list[tuple[int, ...]]:
-    """Greedy tokens of all samples by the decode loop that serves them; its budget makes them join one after another."""
+    """Greedy tokens of all samples by the decode loop that serves them; its budget makes them join in turn."""
     loop = DecodeLoop(
         decoder,
         Tokenizer.load(tokenizer),

@@ -16,7 +16,6 @@ from blipstream_export.tokenizer import SAMPLE_PROMPTS
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Blip2ForConditionalGeneration
 
 Floats = npt.NDArray[np.float32]
 
@@ -71,7 +70,7 @@ def sample_images(sizes: Sequence[tuple[int, int]] = _IMAGE_SIZES, *, seed: int 
     return images
 
 
-def compute_reference(model: Blip2ForConditionalGeneration, checkpoint: Checkpoint, max_tokens: int) -> Reference:
+def compute_reference(model: Any, checkpoint: Checkpoint, max_tokens: int) -> Reference:
     """Run the checkpoint on the sample images and prompts; prompts that ``max_tokens`` cannot hold are left out."""
     import torch
 
@@ -94,16 +93,17 @@ def compute_reference(model: Blip2ForConditionalGeneration, checkpoint: Checkpoi
     )
 
 
-def _scatter(model: Blip2ForConditionalGeneration, projected: torch.Tensor) -> torch.Tensor:
+def _scatter(model: Any, projected: torch.Tensor) -> torch.Tensor:
     """The token embeddings that transformers makes of one image's projection (Q, C) -> (1, Q, D)."""
     import torch
 
-    embeds = torch.zeros(1, projected.shape[0], model.get_input_embeddings().embedding_dim)
+    width = int(model.get_input_embeddings().embedding_dim)
+    embeds = torch.zeros(1, projected.shape[0], width)
     return embeds.masked_scatter(torch.ones(1, projected.shape[0], 1, dtype=torch.bool), projected)
 
 
 def _generate(
-    model: Blip2ForConditionalGeneration,
+    model: Any,
     checkpoint: Checkpoint,
     pixel_values: torch.Tensor,
     image: int,

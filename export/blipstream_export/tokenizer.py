@@ -62,8 +62,8 @@ def _check_vocabulary(tokenizer: Any, vocab_size: int, checkpoint: Checkpoint) -
     token, largest = max(known.items(), key=lambda item: item[1])
     if largest >= vocab_size:
         raise CheckpointError(
-            f"the tokenizer of {checkpoint.folder} is not that of its language model: token {token!r} has id {largest}, "
-            f"and the language model's vocab_size is {vocab_size}"
+            f"the tokenizer of {checkpoint.folder} is not that of its language model: token {token!r} has id "
+            f"{largest}, and the language model's vocab_size is {vocab_size}"
         )
     text = checkpoint.config.text_config
     for name in ("bos", "pad"):
@@ -73,10 +73,11 @@ def _check_vocabulary(tokenizer: Any, vocab_size: int, checkpoint: Checkpoint) -
                 f"the tokenizer of {checkpoint.folder} is not that of its language model: its {name}_token has id "
                 f"{own}, and the language model's {name}_token_id is {expected}"
             )
-    if framed and known.get(PLACEHOLDER) != checkpoint.config.image_token_index:
+    placeholder, expected = known.get(PLACEHOLDER), checkpoint.config.image_token_index
+    if framed and placeholder != expected:
         raise CheckpointError(
             f"the tokenizer of {checkpoint.folder} is not that of its language model: {PLACEHOLDER} has id "
-            f"{known.get(PLACEHOLDER)}, and the configuration's image_token_index is {checkpoint.config.image_token_index}"
+            f"{placeholder}, and the configuration has image_token_index = {expected}"
         )
 
 

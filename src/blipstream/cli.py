@@ -4,4 +4,12 @@ from __future__ import annotations
 
 import typer
 
-app = typer.Typer(name="blipstream", help="Serve BLIP-2 checkpoints on NVIDIA Triton.", no_args_is_help=True)
+from blipstream_export.cli import build
+
+app = typer.Typer(name="blipstream", no_args_is_help=True)
+app.command()(build)
+
+
+@app.callback()
+def main() -> None:
+    """Serve BLIP-2 checkpoints on NVIDIA Triton."""

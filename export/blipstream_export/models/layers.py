@@ -12,7 +12,7 @@ def fuse_linear(parts: Sequence[nn.Linear]) -> nn.Linear:
     """One linear layer whose output is the concatenation of the outputs of ``parts``, in their order."""
     weight = torch.cat([part.weight.detach() for part in parts])
     bias = None
-    if any(part.bias is not None for part in parts):
+    if any(_has_bias(part) for part in parts):
         bias = torch.cat([_bias(part) for part in parts])
     return make_linear(weight, bias)
 
@@ -28,7 +28,7 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def affine_norm(norm: nn.LayerNorm) -> nn.LayerNorm:
     """The norm itself, or the same one with a weight of ones and a bias of zeros where it has none."""
-    if norm.elementwise_affine and norm.bias is not None:
+    if norm.elementwise_affine and _has_bias(norm):
         return norm
     affine = nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
     if norm.elementwise_affine:
@@ -41,7 +41,7 @@ def pad_head_rows(layer: nn.Linear, head_dim: int, padded: int) -> nn.Linear:
     if head_dim == padded:
         return layer
     weight = _pad_heads(layer.weight.detach(), head_dim, padded)
-    bias = None if layer.bias is None else _pad_heads(layer.bias.detach(), head_dim, padded)
+    bias = _pad_heads(layer.bias.detach(), head_dim, padded) if _has_bias(layer) else None
     return make_linear(weight, bias)
 
 
@@ -50,7 +50,7 @@ def pad_head_columns(layer: nn.Linear, head_dim: int, padded: int) -> nn.Linear:
     if head_dim == padded:
         return layer
     weight = _pad_heads(layer.weight.detach().T, head_dim, padded).T.contiguous()
-    return make_linear(weight, None if layer.bias is None else layer.bias.detach())
+    return make_linear(weight, layer.bias.detach() if _has_bias(layer) else None)
 
 
 def _pad_heads(x: Tensor, head_dim: int, padded: int) -> Tensor:
@@ -60,4 +60,9 @@ def _pad_heads(x: Tensor, head_dim: int, padded: int) -> Tensor:
 
 
 def _bias(layer: nn.Linear) -> Tensor:
-    return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
+    return layer.bias.detach() if _has_bias(layer) else layer.weight.new_zeros(layer.out_features)
+
+
+def _has_bias(layer: nn.Linear | nn.LayerNorm) -> bool:
+    bias: Tensor | None = layer.bias  # declared as a tensor, and None without bias
+    return bias is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +11,33 @@ from torch import Tensor, nn
 from blipstream_export.models.layers import affine_norm, fuse_linear, pad_head_columns, pad_head_rows
 from blipstream_export.ops import cached_attention
 
-if TYPE_CHECKING:
-    from transformers import OPTForCausalLM
-
 HEAD_DIM_MULTIPLE = 8
 """ONNX Runtime's GroupQueryAttention wants head sizes that are multiples of this; smaller ones are padded by zeros,
 which changes neither the scores nor the output."""
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The next multiple of :data:`HEAD_DIM_MULTIPLE`."""
+    return -(-head_dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
 
 
 class OPTDecoder(nn.Module):
     """``OPTForCausalLM`` with its KV cache as inputs and outputs, every variant of the architecture.
 
     Args:
-        source: the model of transformers; parameters are shared where their layout stays.
+        source: the model of transformers (``OPTForCausalLM``); parameters are shared where their layout stays.
         release: take the attention modules out of ``source`` one by one, so that fusing doubles one layer at a time
             and not all of them. ``source`` cannot run afterwards.
     """
 
-    def __init__(self, source: OPTForCausalLM, *, release: bool = False) -> None:
+    def __init__(self, source: Any, *, release: bool = False) -> None:
         super().__init__()
         config, decoder = source.config, source.model.decoder
         offset = decoder.embed_positions.offset
         self.embed_tokens = decoder.embed_tokens
         self.positions = nn.Parameter(decoder.embed_positions.weight.detach()[offset:].clone(), requires_grad=False)
         self.project_in, self.project_out = decoder.project_in, decoder.project_out
-        self.layers = nn.ModuleList()
+        self.layers: Any = nn.ModuleList()
         for layer in decoder.layers:
             self.layers.append(_OPTLayer(layer))
             if release:
@@ -45,7 +47,7 @@ class OPTDecoder(nn.Module):
         self.lm_head = source.lm_head
         self.num_layers = int(config.num_hidden_layers)
         self.num_kv_heads = int(config.num_attention_heads)
-        self.head_dim = int(self.layers[0].head_dim) if self.layers else HEAD_DIM_MULTIPLE
+        self.head_dim = padded_head_dim(config.hidden_size // config.num_attention_heads)
         self.embed_dim = int(self.embed_tokens.embedding_dim)
         self.vocab_size = int(self.lm_head.out_features)
         self.max_positions = int(config.max_position_embeddings)
@@ -106,17 +108,15 @@ class OPTDecoder(nn.Module):
 class _OPTLayer(nn.Module):
     """One layer on flat activations (B * S, C); the norms stand before or behind attention and feed-forward."""
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         heads = source.self_attn
         self.pre_norm = bool(source.do_layer_norm_before)
         self.num_heads = int(heads.num_heads)
         self.scale = float(heads.scaling)
-        self.head_dim = -(-heads.head_dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
-        parts = [
-            pad_head_rows(part, heads.head_dim, self.head_dim) for part in (heads.q_proj, heads.k_proj, heads.v_proj)
-        ]
-        self.qkv = fuse_linear(parts)
+        self.head_dim = padded_head_dim(heads.head_dim)
+        inputs = (heads.q_proj, heads.k_proj, heads.v_proj)
+        self.qkv = fuse_linear([pad_head_rows(part, heads.head_dim, self.head_dim) for part in inputs])
         self.out_proj = pad_head_columns(heads.out_proj, heads.head_dim, self.head_dim)
         self.attention_norm = affine_norm(source.self_attn_layer_norm)
         self.fc1, self.activation, self.fc2 = source.fc1, source.activation_fn, source.fc2

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blipstream_export.models.layers import fuse_linear
 from blipstream_export.ops import attention
-
-if TYPE_CHECKING:
-    from transformers import Blip2ForConditionalGeneration
 
 
 class QFormer(nn.Module):
@@ -20,10 +17,10 @@ class QFormer(nn.Module):
     What does not depend on the image (the queries' norm, the first layer's self-attention) is computed once, here.
 
     Args:
-        source: the model of transformers; ``embed_dim`` is the width of its language model's token embeddings.
+        source: the model of transformers (``Blip2ForConditionalGeneration``); its parameters are shared.
     """
 
-    def __init__(self, source: Blip2ForConditionalGeneration) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         layers = [_QFormerLayer(layer) for layer in source.qformer.encoder.layer]
         self.projection = source.language_projection
@@ -34,7 +31,7 @@ class QFormer(nn.Module):
         self.num_queries = int(queries.shape[0])
         self.queries = nn.Parameter(queries, requires_grad=False)
         layers[0].attention = None
-        self.layers = nn.ModuleList(layers)
+        self.layers: Any = nn.ModuleList(layers)
 
     def forward(self, image_embeds: Tensor) -> Tensor:
         """Read images: image_embeds (B, T, C_vision) float32 -> soft_tokens (B, Q, D) float32."""
@@ -60,7 +57,7 @@ class QFormer(nn.Module):
 class _QFormerLayer(nn.Module):
     """Self-attention, cross-attention (not in every layer) and feed-forward of the queries; post-norm, flat."""
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         self.attention: _SelfAttention | None = _SelfAttention(source.attention)
         self.cross_attention = _CrossAttention(source.crossattention) if source.has_cross_attention else None
@@ -81,7 +78,7 @@ class _QFormerLayer(nn.Module):
 class _Attention(nn.Module):
     """The output half of both attentions: projection, residual, norm."""
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         self.num_heads, self.scale = int(source.attention.num_attention_heads), float(source.attention.scaling)
         self.dense, self.norm = source.output.dense, source.output.LayerNorm
@@ -92,7 +89,7 @@ class _Attention(nn.Module):
 
 
 class _SelfAttention(_Attention):
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__(source)
         self.qkv = fuse_linear([source.attention.query, source.attention.key, source.attention.value])
 
@@ -102,7 +99,7 @@ class _SelfAttention(_Attention):
 
 
 class _CrossAttention(_Attention):
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__(source)
         self.query = source.attention.query
         self.key_value = fuse_linear([source.attention.key, source.attention.value])

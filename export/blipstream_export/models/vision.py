@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blipstream_export.ops import attention
 
-if TYPE_CHECKING:
-    from transformers import Blip2VisionModel
-
 
 class VisionEncoder(nn.Module):
     """``last_hidden_state`` of ``Blip2VisionModel``: the class token and every patch, normalised.
 
     Args:
-        source: the model of transformers; its parameters are shared, not copied.
+        source: the model of transformers (``Blip2VisionModel``); its parameters are shared, not copied.
     """
 
-    def __init__(self, source: Blip2VisionModel) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         embeddings = source.embeddings
         position = embeddings.position_embedding.detach()  # (1, 1 + P, C)
         self.patch_embedding = embeddings.patch_embedding
         self.class_token = nn.Parameter(embeddings.class_embedding.detach() + position[:, :1], requires_grad=False)
         self.patch_position = nn.Parameter(position[:, 1:].contiguous(), requires_grad=False)
-        self.layers = nn.ModuleList([_VisionLayer(layer) for layer in source.encoder.layers])
+        self.layers: Any = nn.ModuleList([_VisionLayer(layer) for layer in source.encoder.layers])
         self.norm = source.post_layernorm
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -44,7 +41,7 @@ class VisionEncoder(nn.Module):
 class _VisionLayer(nn.Module):
     """A pre-norm block on flat activations (B * T, C)."""
 
-    def __init__(self, source: nn.Module) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         self.norm1, self.norm2 = source.layer_norm1, source.layer_norm2
         self.qkv, self.projection = source.self_attn.qkv, source.self_attn.projection

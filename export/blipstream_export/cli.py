@@ -1,0 +1,147 @@
+"""The command ``blipstream build``. Importing it is cheap: torch and transformers come with the command's run."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from blipstream.errors import BlipstreamError
+
+if TYPE_CHECKING:
+    from blipstream_export.build import BuildResult
+
+_EXTRA = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "PIL")
+_KIB = 1024
+
+
+def build(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A folder, or a hub id, in the Hugging Face layout.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The folder that becomes the bundle.")
+    ],
+    precision: Annotated[str, typer.Option(help="Precision of the graphs: fp32.")] = "fp32",
+    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences that decode at once.")] = 16,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="256, or what the model reads if less",
+            help="Tokens of one sequence: soft tokens, prompt and answer.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+) -> None:
+    """Export a checkpoint into a bundle that Triton serves, and prove that it computes the same."""
+    console, errors = Console(), Console(stderr=True)
+    try:
+        with _terminated_cleanly(), _progress(console) as on_stage:
+            result = _run(checkpoint, output, precision, max_sequences, max_tokens, force, on_stage)
+    except BlipstreamError as error:
+        errors.print(f"blipstream build: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    show(result, console)
+
+
+def _run(
+    checkpoint: str,
+    output: Path,
+    precision: str,
+    max_sequences: int,
+    max_tokens: int | None,
+    force: bool,
+    on_stage: Callable[[str], None],
+) -> BuildResult:
+    try:
+        from blipstream_export import build as builder
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        raise BlipstreamError(f"{error.name} is not installed: building a bundle needs blipstream[export]") from None
+    options = builder.BuildOptions(
+        precision=precision, max_sequences=max_sequences, max_tokens=max_tokens, replace=force
+    )
+    return builder.build(checkpoint, output, options, on_stage=on_stage)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """A bar over the stages; it gives the function that is told of each stage as it begins."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<15}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        done = -1
+
+        def on_stage(name: str) -> None:
+            nonlocal done
+            from blipstream_export.build import STAGES
+
+            done += 1
+            progress.update(task, description=name, completed=done, total=len(STAGES))
+
+        yield on_stage
+
+
+@contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that the unfinished bundle is removed."""
+
+    def stop(number: int, frame: Any) -> None:
+        del frame
+        sys.exit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def show(result: BuildResult, console: Console) -> None:
+    """Print what was built, how long it took, and how close it comes to the checkpoint."""
+    stages = Table("stage", "size", "seconds", title="Build")
+    for column in stages.columns[1:]:
+        column.justify = "right"
+    for stage in result.stages:
+        stages.add_row(stage.name, "" if stage.bytes is None else _size(stage.bytes), f"{stage.seconds:.1f}")
+    total = sum(entry.bytes for entry in result.manifest.files.values())
+    stages.add_section()
+    stages.add_row("total", _size(total), f"{sum(stage.seconds for stage in result.stages):.1f}")
+    console.print(stages)
+
+    parity = Table("stage", "cosine", "largest difference", "largest value", title="Parity with the checkpoint in fp32")
+    for column in parity.columns[1:]:
+        column.justify = "right"
+    for row in result.parity.stages:
+        parity.add_row(row.stage, f"{row.cosine:.7f}", f"{row.max_difference:.2g}", f"{row.max_reference:.3g}")
+    console.print(parity)
+    equal = sum(text.equal for text in result.parity.texts)
+    console.print(f"Greedy tokens: {equal} of {len(result.parity.texts)} sample texts equal the checkpoint's.")
+    for note in result.notes:
+        console.print(f"Note: {note}.", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Bundle: {result.bundle}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < _KIB or unit == "GiB":
+            break
+        value /= _KIB
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
