@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from blipstream.contract import MANIFEST_FILE, PARITY_FILE, TRITON_MODELS, FileEntry
+from blipstream.contract import MANIFEST_FILE, MODEL_VERSION, PARITY_FILE, TRITON_MODELS, FileEntry
 from blipstream.errors import BundleError
 
 _HASH_CHUNK = 1 << 20
@@ -104,6 +104,9 @@ def copy_models(bundle: Path, values: Mapping[str, int]) -> None:
             copy_function=shutil.copyfile,
             ignore=shutil.ignore_patterns("__pycache__", ".*", "*.pyc"),
         )
+        (bundle / model.name / MODEL_VERSION).mkdir(
+            exist_ok=True
+        )  # an ensemble's is empty, and git keeps no such folder
         (bundle / model.name / config.name).write_text(_fill(config, values), encoding="utf-8")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import typer
-
 from blipstream_export.cli import build
 
 app = typer.Typer(name="blipstream", no_args_is_help=True)
