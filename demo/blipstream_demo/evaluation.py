@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
 
-from . import scenes
+from . import samples, scenes
 
 POOL = 500
 RERANKED = 16
@@ -28,11 +28,12 @@ Figures = dict[str, Any]
 
 
 def main(demo: Path, count: int) -> None:
-    """Write ``evaluation.json`` and the tables of ``README.md`` in ``demo``."""
+    """Write ``evaluation.json``, the tables of ``README.md`` and the sample images in ``demo``."""
     shown = scenes.test_scenes(count)
     images = [scenes.render(scene) for scene in tqdm(shown, "render")]
     figures = {"scenes": count, **generation(demo / "checkpoint", shown, images)}
     figures["retrieval"] = retrieval(demo / "checkpoint-retrieval", *distinct(shown, images))
+    samples.write(demo / "images")
     (demo / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
     fill_card(demo / "README.md", figures)
     print(table(figures))

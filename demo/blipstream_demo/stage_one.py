@@ -19,8 +19,8 @@ from . import data, qformer, scenes
 from .text import DECODE_TOKEN
 from .training import Recipe, Run
 
-RECIPE = Recipe("stage_one", steps=2000, batch=96, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
-_MATCHED = 40  # images of a batch that ITM takes, each with a negative text, each text with a negative image
+RECIPE = Recipe("stage_one", steps=1000, batch=80, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
+_MATCHED = 32  # images of a batch that ITM takes, each with a negative text, each text with a negative image
 _EASY, _HARD = 0.15, 0.5  # negatives are random up to _EASY of the steps, and by likeness alone from _HARD on
 
 
@@ -98,7 +98,9 @@ class StageOne(nn.Module):
         itc = (F.cross_entropy(scores, wanted) + F.cross_entropy(scores.T, wanted)) / 2
         itm, right = self._itm(keys_values, texts, scores.detach(), same, hardness)
         top = float(same.gather(1, scores.argmax(1, keepdim=True)).float().mean())
-        return itc + itm + itg, {"itc": float(itc), "itm": float(itm), "itg": float(itg), "itm_right": right, "r1": top}
+        parts = {"itc": itc, "itm": itm, "itg": itg}
+        figures = {name: float(part.detach()) for name, part in parts.items()}
+        return itc + itm + itg, {**figures, "itm_right": right, "r1": top}
 
     def _itm(
         self,

@@ -18,7 +18,7 @@ from .language import score, text_loss
 from .text import Packed, Packer, Text, scene_texts
 from .training import Ahead, Recipe, Run
 
-RECIPE = Recipe("stage_two", steps=2500, batch=64, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
+RECIPE = Recipe("stage_two", steps=1700, batch=64, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
 _TEXTS = 5  # of an image in a step
 
 

@@ -1,0 +1,37 @@
+"""The sample images of ``make demo``: test scenes as PNG files, and what is true of them in ``samples.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from . import scenes
+
+SIZE = 384
+_CHOSEN = ((13, "colour"), (26, "shape"), (38, "size"), (17, "count"), (20, "existence"), (14, "relation"))
+
+
+def write(folder: Path) -> None:
+    """Draw the chosen test scenes, four times as large as the model's input.
+
+    ``samples.json`` is a list of ``{"file", "scene", "caption", "kind", "question", "answer"}``: the number of the test
+    scene, its own caption, and one question with its right answer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = []
+    for index, kind in _CHOSEN:
+        scene = scenes.scene("test", index)
+        question = next(q for q in scenes.questions(scene) if q.kind == kind)
+        name = f"scene-{index}.png"
+        scenes.render(scene, SIZE).save(folder / name, optimize=True)
+        samples.append(
+            {
+                "file": name,
+                "scene": index,
+                "caption": scenes.caption(scene),
+                "kind": kind,
+                "question": question.text,
+                "answer": question.answer,
+            }
+        )
+    (folder / "samples.json").write_text(json.dumps(samples, indent=1) + "\n")
