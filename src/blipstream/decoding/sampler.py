@@ -56,9 +56,9 @@ class TokenChooser:
         self._eos_token_ids = list(eos_token_ids)
         self._bad_words = [word for word in bad_words if len(word) > 1 or word[0] not in eos_token_ids]
         self._history = list(prompt_ids)
+        self._num_prompt_ids = len(self._history)
         self._seen = {token for token in prompt_ids if token < vocab_size}
         self._generated: Counter[int] = Counter()
-        self._num_generated = 0
         self._rng = None if params.greedy else np.random.Generator(np.random.Philox(params.seed))
 
     @property
@@ -71,8 +71,12 @@ class TokenChooser:
             and params.presence_penalty == 0.0
             and params.frequency_penalty == 0.0
             and not self._bad_words
-            and self._num_generated >= params.min_tokens
+            and not self._bans_eos
         )
+
+    @property
+    def _bans_eos(self) -> bool:
+        return len(self._history) - self._num_prompt_ids < self._params.min_tokens
 
     def choose(self, logits: Scores, argmax: int) -> Choice:
         """Choose the next token from its logits (V,), which are finite, and take it into the sequence's past.
@@ -80,24 +84,19 @@ class TokenChooser:
         Raises:
             InvalidRequestError: penalties and bans leave no token that could be chosen.
         """
-        token = argmax if self.takes_argmax else self._pick(logits.copy())
-        log_prob = _log_prob(logits, token) if self._params.log_probs else None
+        token = argmax if self.takes_argmax else self._pick(logits)
+        self.take(token)
+        return Choice(token, _log_prob(logits, token) if self._params.log_probs else None)
+
+    def take(self, token: int) -> None:
+        """Take a token into the sequence's past."""
         self._history.append(token)
         self._seen.add(token)
         self._generated[token] += 1
-        self._num_generated += 1
-        return Choice(token, log_prob)
 
-    def _pick(self, scores: Scores) -> int:
-        with np.errstate(over="ignore", invalid="ignore"):  # an extreme penalty may overflow; what it leaves is checked
-            self._adjust(scores)
-            best = int(scores.argmax())
-            if not np.isfinite(scores[best]):
-                raise InvalidRequestError("the penalties, bad_words and min_tokens leave no token that can be chosen")
-            return best if self._rng is None else self._sample(scores, self._rng)
-
-    def _adjust(self, scores: Scores) -> None:
-        params = self._params
+    def adjusted(self, logits: Scores) -> Scores:
+        """The logits (V,) after penalties and bans: the scores of greedy decoding, what sampling starts from."""
+        params, scores = self._params, logits.copy()
         if params.repetition_penalty != 1.0:
             penalise_repetition(scores, np.fromiter(self._seen, np.int64), params.repetition_penalty)
         if self._generated and (params.presence_penalty or params.frequency_penalty):
@@ -107,20 +106,21 @@ class TokenChooser:
         for word in self._bad_words:
             if len(word) == 1 or tuple(self._history[1 - len(word) :]) == word[:-1]:
                 scores[word[-1]] = -np.inf
-        if self._num_generated < params.min_tokens:
+        if self._bans_eos:
             scores[self._eos_token_ids] = -np.inf
+        return scores
 
-    def _sample(self, scores: Scores, rng: np.random.Generator) -> int:
-        params = self._params
-        ids: Ids = np.arange(len(scores))
-        if params.temperature is not None and params.temperature != 1.0:
-            scores = (scores - scores.max()) / np.float32(params.temperature)  # shifted, so that it cannot overflow
-        if params.top_k:
-            ids, scores = keep_top_k(ids, scores, params.top_k)
-        if params.top_p is not None and 0.0 < params.top_p < 1.0:
-            ids, scores = keep_top_p(ids, scores, params.top_p)
-        cumulative = np.cumsum(softmax(scores), dtype=np.float64)
-        return int(ids[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+    def _pick(self, logits: Scores) -> int:
+        with np.errstate(over="ignore", invalid="ignore"):  # an extreme penalty may overflow; the result is checked
+            scores = self.adjusted(logits)
+            best = int(scores.argmax())
+            if not np.isfinite(scores[best]):
+                raise InvalidRequestError("the penalties, bad_words and min_tokens leave no token that can be chosen")
+            if self._rng is None:
+                return best
+            ids, probs = sampling_distribution(scores, self._params)
+        cumulative = probs.cumsum(dtype=np.float64)
+        return int(ids[np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")])
 
 
 def choose_tokens(logits: Scores, choosers: Sequence[TokenChooser]) -> list[Choice | BlipstreamError]:
@@ -148,6 +148,18 @@ def penalise_repetition(scores: Scores, token_ids: Ids, penalty: float) -> None:
     scores[token_ids] = np.where(seen < 0, seen * np.float32(penalty), seen / np.float32(penalty))
 
 
+def sampling_distribution(scores: Scores, params: SamplingParams) -> tuple[Ids, Scores]:
+    """The tokens that may be drawn, in the order of their ids, and the probability of each, from scores (V,)."""
+    ids: Ids = np.arange(len(scores))
+    if params.temperature is not None and params.temperature != 1.0:
+        scores = (scores - scores.max()) / np.float32(params.temperature)  # shifted, so that it cannot overflow
+    if params.top_k:
+        ids, scores = keep_top_k(ids, scores, params.top_k)
+    if params.top_p is not None and 0.0 < params.top_p < 1.0:
+        ids, scores = keep_top_p(ids, scores, params.top_p)
+    return ids, softmax(scores)
+
+
 def keep_top_k(ids: Ids, scores: Scores, k: int) -> tuple[Ids, Scores]:
     """The tokens whose score reaches the k-th largest: k of them, or more where scores are equal there."""
     if k >= len(scores):
@@ -160,10 +172,11 @@ def keep_top_p(ids: Ids, scores: Scores, p: float) -> tuple[Ids, Scores]:
     """The smallest set of most probable tokens whose probabilities add up to p, at least one.
 
     Counted from below, as in ``transformers``: a token goes if it and the less probable ones add up to at most 1 - p.
-    Tokens of probability (1 - p) / V or less always go, whatever their order, so only the others are sorted.
+    Tokens of probability (1 - p) / V or less always go, whatever their order, so only the others are sorted. Of equals
+    at the boundary, those with the larger ids stay.
     """
     probs = softmax(scores)
-    candidates = np.flatnonzero(probs > (1.0 - p) / len(probs))
+    candidates = np.flatnonzero((probs > (1.0 - p) / len(probs)) | (probs == probs.max()))
     order = candidates[np.argsort(scores[candidates], kind="stable")]
     below = probs.sum(dtype=np.float64) - probs[candidates].sum(dtype=np.float64)
     cumulative = below + np.cumsum(probs[order], dtype=np.float64)

@@ -53,7 +53,9 @@ class TextStream:
 
     The released pieces add up to ``Tokenizer.decode`` of all tokens, or to what comes before the first stop string in
     it. Held back are: tokens that end in the middle of a character, and text that may be the beginning of a stop
-    string.
+    string. (One exception, which text of a working model does not meet: a decoder of single bytes beside pieces, as
+    LLaMA's, gives up a whole run of bytes for the first of them that is not UTF-8; here, whole characters before it
+    are out by then.)
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
