@@ -31,7 +31,7 @@ def main(demo: Path, count: int) -> None:
     """Write ``evaluation.json``, the tables of ``README.md`` and the sample images in ``demo``."""
     shown = scenes.test_scenes(count)
     images = [scenes.render(scene) for scene in tqdm(shown, "render")]
-    figures = {"scenes": count, **generation(demo / "checkpoint", shown, images)}
+    figures = {"scenes": count, **generation(Generator(demo / "checkpoint"), shown, images)}
     figures["retrieval"] = retrieval(demo / "checkpoint-retrieval", *distinct(shown, images))
     samples.write(demo / "images")
     (demo / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -56,9 +56,15 @@ class Generator:
         return [text.strip() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
 
 
-def generation(folder: Path, shown: Sequence[scenes.Scene], images: Sequence[Image.Image]) -> Figures:
-    """Captions and one question of each kind for each scene: share right, held-out triples apart."""
-    generate = Generator(folder)
+def generation(
+    generate: Callable[[Sequence[Image.Image], Sequence[str]], list[str]],
+    shown: Sequence[scenes.Scene],
+    images: Sequence[Image.Image],
+) -> Figures:
+    """Captions and one question of each kind for each scene: share right, held-out triples apart.
+
+    ``generate`` maps images and prompts, an empty one for a caption, to texts.
+    """
     captions = _in_batches(generate, images, [""] * len(shown), "captions")
     asked = [(i, question) for i, scene in enumerate(shown) for question in scenes.questions(scene)]
     answers = _in_batches(generate, [images[i] for i, _ in asked], [q.prompt for _, q in asked], "questions")
