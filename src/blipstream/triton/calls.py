@@ -1,0 +1,197 @@
+"""A request as Triton hands it over, and the way back: the only place that knows the Python backend's objects.
+
+The module of the Python backend exists only inside a process that ``tritonserver`` started; it is imported where it is
+used, so that tests and tools can import everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from blipstream.errors import (
+    BlipstreamError,
+    EngineError,
+    InvalidRequestError,
+    RequestTimeoutError,
+    ServerBusyError,
+)
+
+Array = npt.NDArray[Any]
+
+CALL_PARAMETER = "blipstream_call"
+"""Request parameter by which ``blip2_unary`` names a request that it forwards, with a random string."""
+CANCEL_PARAMETER = "blipstream_cancel"
+"""Request parameter by which it has such a request cancelled: Triton passes no cancellation on to a BLS request."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response of ``blip2``: the text since the last one, and the counts so far."""
+
+    text: str
+    finish_reason: str
+    """Empty while more follows."""
+    num_input_tokens: int
+    num_output_tokens: int
+    log_probs: tuple[float, ...] | None = None
+    """Of the tokens since the last response, when the request asks for them."""
+    cum_log_prob: float = 0.0
+    """Sum over all tokens so far."""
+
+    def tensors(self) -> dict[str, Array]:
+        """The outputs by name, with their batch dimension of 1."""
+        outputs: dict[str, Array] = {
+            "text_output": np.array([[self.text.encode()]], np.object_),
+            "finish_reason": np.array([[self.finish_reason.encode()]], np.object_),
+            "num_input_tokens": np.array([[self.num_input_tokens]], np.int32),
+            "num_output_tokens": np.array([[self.num_output_tokens]], np.int32),
+            "sequence_index": np.zeros((1, 1), np.int32),
+        }
+        if self.log_probs is not None:
+            outputs["cum_log_probs"] = np.array([[self.cum_log_prob]], np.float32)
+            outputs["output_log_probs"] = np.array([[self.log_probs]], np.float32)
+        return outputs
+
+
+class Call(Protocol):
+    """A request and its response sender, as the service sees them. Every call gets exactly one final response."""
+
+    request_id: str
+    arrived_at: float
+    """Time (``time.monotonic()``, seconds)."""
+    timeout: float
+    """Seconds that the client is ready to wait for a slot; 0 when it did not say."""
+    name: str
+    """Name by which another model may have it cancelled; empty when there is none."""
+
+    def inputs(self) -> Mapping[str, Array]:
+        """The inputs by name, with their batch dimension."""
+        ...
+
+    def is_cancelled(self) -> bool:
+        """Ask Triton whether the client has cancelled; takes a fraction of a millisecond."""
+        ...
+
+    def send(self, answer: Answer, *, final: bool) -> None:
+        """Send a response; blocks until Triton has taken it, a fraction of a millisecond."""
+        ...
+
+    def fail(self, error: BlipstreamError) -> None:
+        """Send an error as the final response."""
+        ...
+
+
+class TritonCall:
+    """A :class:`Call` over a request of the Python backend.
+
+    Triton frees a request's state with its final response. A question about it after that would read freed memory in the
+    server's own process; so questions and the final response take turns, and none is asked afterwards.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self._sender = request.get_response_sender()
+        self._lock = threading.Lock()
+        self._over = False  # guarded by the lock
+        self.request_id = str(request.request_id())
+        self.arrived_at = time.monotonic()
+        self.parameters = _parameters(request)
+        self.timeout = _timeout_seconds(request, self.parameters)
+        self.name = str(self.parameters.get(CALL_PARAMETER, ""))
+
+    def inputs(self) -> dict[str, Array]:
+        """The inputs by name, with their batch dimension."""
+        return {tensor.name(): tensor.as_numpy() for tensor in self._request.inputs()}
+
+    def is_cancelled(self) -> bool:
+        """Ask Triton whether the client has cancelled; no, once the final response was sent."""
+        with self._lock:
+            return not self._over and bool(self._request.is_cancelled())
+
+    def send(self, answer: Answer, *, final: bool) -> None:
+        """Send a response."""
+        import triton_python_backend_utils as pb_utils
+
+        tensors = [pb_utils.Tensor(name, array) for name, array in answer.tensors().items()]
+        self.respond(pb_utils.InferenceResponse(output_tensors=tensors), final=final)
+
+    def fail(self, error: BlipstreamError) -> None:
+        """Send an error as the final response."""
+        import triton_python_backend_utils as pb_utils
+
+        self.respond(pb_utils.InferenceResponse(output_tensors=[], error=triton_error(error)), final=True)
+
+    def respond(self, response: Any, *, final: bool) -> None:
+        """Send a response of the Python backend; None ends the call without one."""
+        import triton_python_backend_utils as pb_utils
+
+        if not final:
+            self._sender.send(response)
+            return
+        with self._lock:
+            self._over = True
+            arguments = () if response is None else (response,)
+            self._sender.send(*arguments, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def triton_error(error: BaseException) -> Any:
+    """The error of the Python backend that a client sees for an exception."""
+    import triton_python_backend_utils as pb_utils
+
+    code = pb_utils.TritonError.INTERNAL
+    if isinstance(error, InvalidRequestError):
+        code = pb_utils.TritonError.INVALID_ARG
+    elif isinstance(error, (ServerBusyError, RequestTimeoutError)):
+        code = pb_utils.TritonError.UNAVAILABLE
+    message = str(error) if isinstance(error, BlipstreamError) else f"an internal error occurred: {error!r}"
+    return pb_utils.TritonError(message, code)
+
+
+def run_model(model: str, inputs: Mapping[str, Array], output: str) -> Array:
+    """Run another model of the server (BLS) and return one of its outputs; blocks until it has answered.
+
+    Raises:
+        InvalidRequestError: the model refused its input.
+        ServerBusyError: the model is not available.
+        EngineError: the model failed.
+    """
+    import triton_python_backend_utils as pb_utils
+
+    tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
+    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[output], inputs=tensors)
+    response = request.exec()
+    if response.has_error():
+        raise exception_of(response.error())
+    result: Array = pb_utils.get_output_tensor_by_name(response, output).as_numpy()
+    return result
+
+
+def exception_of(error: Any) -> BlipstreamError:
+    """The exception for an error that another model of the server has answered with."""
+    import triton_python_backend_utils as pb_utils
+
+    message = str(error.message())
+    if error.code() == pb_utils.TritonError.INVALID_ARG:
+        return InvalidRequestError(message)
+    if error.code() == pb_utils.TritonError.UNAVAILABLE:
+        return ServerBusyError(message)
+    return EngineError(message)
+
+
+def _parameters(request: Any) -> dict[str, Any]:
+    parameters = json.loads(request.parameters() or "{}")
+    return parameters if isinstance(parameters, dict) else {}
+
+
+def _timeout_seconds(request: Any, parameters: Mapping[str, Any]) -> float:
+    """The timeout of the inference protocol, in microseconds; by ``generate`` it arrives as a parameter."""
+    microseconds = request.timeout() or parameters.get("timeout", 0)
+    return microseconds / 1e6 if isinstance(microseconds, (int, float)) and microseconds > 0 else 0.0

@@ -1,0 +1,115 @@
+"""``blip2``: the decoupled model that generates text."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from blipstream.contract import (
+    DECODER_FILE,
+    IMAGE,
+    IMAGE_EMBEDS,
+    IMAGE_FEATURES,
+    PIXEL_VALUES,
+    QFORMER,
+    SOFT_TOKENS,
+    TOKENIZER_FILE,
+    VISION_ENCODER,
+)
+from blipstream.decoding.loop import DecodeLoop, LoopConfig
+from blipstream.decoding.text import Tokenizer
+from blipstream.engines import CachedDecoder
+from blipstream.features import Features
+from blipstream.triton.calls import CANCEL_PARAMETER, TritonCall, run_model
+from blipstream.triton.inputs import ImageSource, RequestParser
+from blipstream.triton.lifeline import LIFELINE_VARIABLE, watch_lifeline
+from blipstream.triton.metrics import MetricsPublisher, ServingMetrics, triton_family
+from blipstream.triton.model import ModelFolder
+from blipstream.triton.service import GenerationService
+
+
+class DecoderModel:
+    """Owns the decoder, the service around it and the publisher of its metrics."""
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Load tokenizer and decoder, and start to serve."""
+        folder = ModelFolder(args)
+        manifest, config = folder.manifest, folder.config
+        tokenizer = Tokenizer.load(folder.path / TOKENIZER_FILE)
+        self._decoder = CachedDecoder(folder.load_engine(DECODER_FILE), manifest.decoder)
+        capacity = manifest.decoder.max_sequences
+
+        def make_loop(metrics: ServingMetrics) -> DecodeLoop:
+            return DecodeLoop(
+                self._decoder,
+                tokenizer,
+                eos_token_ids=manifest.generation.eos_token_ids,
+                image_token_id=manifest.generation.image_token_id,
+                config=LoopConfig(max_waiting=config.queue_size + capacity, prefill_budget=config.prefill_budget),
+                observer=metrics,
+            )
+
+        self._service = GenerationService(
+            RequestParser(manifest, config),
+            tokenizer,
+            manifest.generation.bos_token_id,
+            compute_features,
+            make_loop,
+            config,
+            capacity,
+        )
+        self._publisher = MetricsPublisher(self._service.metrics, self._service.gauges, triton_family, folder.labels)
+        self._service.start()
+        self._publisher.start()
+        self._grace = config.stop_grace
+        self._watch_lifeline()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Hand the requests to the service, which answers them by their response senders."""
+        for request in requests:
+            call = TritonCall(request)
+            if CANCEL_PARAMETER in call.parameters:
+                self._service.cancel(str(call.parameters[CANCEL_PARAMETER]))
+                call.respond(None, final=True)
+            else:
+                self._service.accept(call)
+
+    def finalize(self) -> None:
+        """Answer whoever still waits, and stop."""
+        self._service.close(self._grace)
+        self._publisher.close()
+        self._decoder.close()
+
+    def _watch_lifeline(self) -> None:
+        """Stop with the launcher: Triton unloads a decoupled model only when all its requests are answered."""
+        if LIFELINE_VARIABLE in os.environ:
+            descriptor = int(os.environ[LIFELINE_VARIABLE])
+            stop = threading.Thread(
+                target=watch_lifeline,
+                args=(descriptor, lambda: self._service.close(self._grace)),
+                name="lifeline",
+                daemon=True,
+            )
+            stop.start()
+
+
+def compute_features(image: ImageSource) -> Features:
+    """Soft tokens (Q, D) of an image, by the other models of the server; blocks until they have answered.
+
+    Raises:
+        InvalidRequestError: the image cannot be decoded.
+        EngineError: a model failed.
+    """
+    if image.file is not None:
+        files = np.array([[image.file]], np.object_)
+        soft_tokens = run_model(IMAGE_FEATURES, {IMAGE.name: files}, SOFT_TOKENS.name)  # (1, Q, D)
+    elif image.pixels is not None:
+        embeds = run_model(VISION_ENCODER, {PIXEL_VALUES.name: image.pixels[None]}, IMAGE_EMBEDS.name)  # (1, N, D_v)
+        soft_tokens = run_model(QFORMER, {IMAGE_EMBEDS.name: embeds}, SOFT_TOKENS.name)
+    else:
+        raise ValueError("an image source holds a file or pixels")
+    return np.array(soft_tokens[0], np.float32)  # a copy: the response's memory is Triton's

@@ -1,0 +1,186 @@
+"""From the tensors of a ``blip2`` request to what is to be generated; every fault is named.
+
+Names and shapes are those of :data:`blipstream.contract.BLIP2_INPUTS`. Triton has checked types and dimensions against
+the model's configuration before these functions see a tensor; they check what it leaves open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from blipstream.config import ServerConfig
+from blipstream.contract import BLIP2_INPUTS, Manifest
+from blipstream.decoding.request import SamplingParams
+from blipstream.errors import InvalidRequestError
+from blipstream.preprocess import ImageLimits, resolve_image
+
+Array = npt.NDArray[Any]
+
+KNOWN_INPUTS = frozenset(spec.name for spec in BLIP2_INPUTS)
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """The image of a request: an encoded file, or pixels that the client preprocessed."""
+
+    key: bytes
+    """SHA-256 of the contents; files and pixels never share one."""
+    file: bytes | None = None
+    pixels: npt.NDArray[np.float32] | None = None
+    """(3, S, S)"""
+
+
+@dataclass(frozen=True)
+class ParsedRequest:
+    """A request that is valid as far as its inputs tell."""
+
+    image: ImageSource
+    text: str
+    params: SamplingParams
+    stream: bool
+
+
+class RequestParser:
+    """Parses the inputs of requests to one bundle.
+
+    Args:
+        manifest: the bundle's image size and defaults of generation.
+        config: limits on images and text.
+    """
+
+    def __init__(self, manifest: Manifest, config: ServerConfig) -> None:
+        self._image_size = manifest.image.size
+        self._generation = manifest.generation
+        self._limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
+        self._max_text_bytes = config.max_text_bytes
+
+    def parse(self, inputs: Mapping[str, Array]) -> ParsedRequest:
+        """Check the inputs, by name and with their batch dimension of 1, and gather them.
+
+        Raises:
+            InvalidRequestError: an input is malformed, contradicts another or asks for what is not served.
+        """
+        unknown = sorted(set(inputs) - KNOWN_INPUTS)
+        if unknown:
+            raise InvalidRequestError(f"there is no input called {unknown[0]!r}")
+        return ParsedRequest(
+            image=self._image(inputs),
+            text=self._text("text_input", _scalar(inputs, "text_input")),
+            params=self._params(inputs),
+            stream=bool(_scalar(inputs, "stream") or False),
+        )
+
+    def _image(self, inputs: Mapping[str, Array]) -> ImageSource:
+        file, pixels = _scalar(inputs, "image"), inputs.get("image_input")
+        if file is not None and pixels is not None:
+            raise InvalidRequestError("both image and image_input were given, and exactly one of them was expected")
+        if file is not None:
+            file = resolve_image(_as_bytes(file), self._limits)
+            return ImageSource(hashlib.sha256(b"file\0" + file).digest(), file=file)
+        if pixels is None:
+            raise InvalidRequestError("neither image nor image_input was given, and exactly one of them was expected")
+        return self._pixels(pixels)
+
+    def _pixels(self, pixels: Array) -> ImageSource:
+        expected = (1, 3, self._image_size, self._image_size)
+        if pixels.shape != expected:
+            raise InvalidRequestError(f"image_input must have the shape {expected}, but it has {pixels.shape}")
+        if not np.isfinite(pixels).all():
+            raise InvalidRequestError("image_input must hold finite numbers, but some are NaN or infinite")
+        key = hashlib.sha256(b"pixels\0" + np.ascontiguousarray(pixels).tobytes()).digest()
+        return ImageSource(key, pixels=pixels[0].astype(np.float32))
+
+    def _params(self, inputs: Mapping[str, Array]) -> SamplingParams:
+        _check_beams(inputs)
+        seed = _scalar(inputs, "random_seed")
+        return SamplingParams(
+            max_tokens=_integer(inputs, "max_tokens", self._generation.max_new_tokens),
+            min_tokens=_min_tokens(inputs),
+            temperature=_optional_float(inputs, "temperature"),
+            top_k=None if _scalar(inputs, "top_k") is None else _integer(inputs, "top_k", 0),
+            top_p=_optional_float(inputs, "top_p"),
+            repetition_penalty=_float(inputs, "repetition_penalty", self._generation.repetition_penalty),
+            presence_penalty=_float(inputs, "presence_penalty", 0.0),
+            frequency_penalty=_float(inputs, "frequency_penalty", 0.0),
+            seed=None if seed is None else int(seed),
+            stop=self._words(inputs, "stop_words"),
+            bad_words=self._words(inputs, "bad_words"),
+            log_probs=bool(_scalar(inputs, "return_log_probs") or False),
+        )
+
+    def _words(self, inputs: Mapping[str, Array], name: str) -> tuple[str, ...]:
+        """The words of an input (1, n). A single empty string means none, as NVIDIA's clients send it."""
+        words = [_as_bytes(word) for word in inputs[name].flat] if name in inputs else []
+        if words == [b""]:
+            return ()
+        if sum(map(len, words)) > self._max_text_bytes:
+            raise InvalidRequestError(
+                f"{name} must have at most {self._max_text_bytes} bytes, but has {sum(map(len, words))}"
+            )
+        return tuple(self._text(name, word) for word in words)
+
+    def _text(self, name: str, value: Any) -> str:
+        data = b"" if value is None else _as_bytes(value)
+        if len(data) > self._max_text_bytes:
+            raise InvalidRequestError(f"{name} must have at most {self._max_text_bytes} bytes, but has {len(data)}")
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidRequestError(
+                f"{name} must be UTF-8 text, but its byte {error.start}, {data[error.start]:#04x}, is not"
+            ) from None
+
+
+def _check_beams(inputs: Mapping[str, Array]) -> None:
+    """Beam search is not served. ``length_penalty`` ranks beams, so that with one it has nothing to do."""
+    beams = _integer(inputs, "beam_width", 1)
+    if beams != 1:
+        raise InvalidRequestError(f"beam_width must be 1, for beam search is not served yet, but it is {beams}")
+    penalty = _float(inputs, "length_penalty", 1.0)
+    if not np.isfinite(penalty):
+        raise InvalidRequestError(f"length_penalty must be a finite number, but it is {penalty}")
+
+
+def _min_tokens(inputs: Mapping[str, Array]) -> int:
+    """``min_tokens``, or its older name ``min_length``."""
+    newer, older = (_scalar(inputs, name) for name in ("min_tokens", "min_length"))
+    if newer is not None and older is not None and newer != older:
+        raise InvalidRequestError(
+            f"min_tokens and min_length mean the same, but min_tokens is {newer} and min_length is {older}"
+        )
+    return int(newer if newer is not None else older if older is not None else 0)
+
+
+def _scalar(inputs: Mapping[str, Array], name: str) -> Any:
+    """The one element of an input (1, 1), or None when it was not given."""
+    if name not in inputs:
+        return None
+    array = inputs[name]
+    if array.size != 1:
+        raise InvalidRequestError(f"{name} must hold one element, but its shape is {array.shape}")
+    return array.flat[0]
+
+
+def _integer(inputs: Mapping[str, Array], name: str, default: int) -> int:
+    value = _scalar(inputs, name)
+    return default if value is None else int(value)
+
+
+def _float(inputs: Mapping[str, Array], name: str, default: float) -> float:
+    value = _scalar(inputs, name)
+    return default if value is None else float(value)
+
+
+def _optional_float(inputs: Mapping[str, Array], name: str) -> float | None:
+    value = _scalar(inputs, name)
+    return None if value is None else float(value)
+
+
+def _as_bytes(value: Any) -> bytes:
+    return value.encode("utf-8") if isinstance(value, str) else bytes(value)

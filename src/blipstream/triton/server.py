@@ -1,0 +1,265 @@
+"""Starting and stopping a ``tritonserver`` that serves one bundle on this machine.
+
+with TritonServer(Path("bundle")) as server:
+    client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import json
+import math
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from blipstream.bundle import check_bundle
+from blipstream.config import ServerConfig
+from blipstream.errors import ServerStartError
+from blipstream.triton import guard
+from blipstream.triton.installation import Installation
+from blipstream.triton.lifeline import LIFELINE_VARIABLE
+from blipstream.triton.log import LogPump, find_cause, is_alarming
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+HOST = "127.0.0.1"
+"""The server is bound to the loopback address alone (:mod:`blipstream.triton.installation` says why)."""
+
+SERVICES = ("grpc", "http", "metrics")
+_ATTEMPTS = 3
+"""Starts, when a port that was chosen here is taken by someone else before the server binds it."""
+_POLL_S = 0.05
+_UNLOAD_S = 30.0
+"""Time beyond the grace that the server has to unload its models."""
+_KILL_AFTER_S = 10.0
+"""Time that it has to exit when that was not enough; it does not, where requests are still unanswered."""
+
+
+class TritonServer:
+    """A server of one bundle: :meth:`start` it or use it as a context manager.
+
+    Args:
+        bundle: folder of the bundle.
+        grpc_port: port of each service on the loopback address; 0 chooses a free one.
+        http_port: as ``grpc_port``.
+        metrics_port: as ``grpc_port``.
+        config: settings of the models.
+        log_file: takes all that the server says; by default, warnings and errors go to standard error.
+        verbose: all that the server says goes to standard error.
+        start_timeout: seconds that the server has to load the models.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        *,
+        grpc_port: int = 0,
+        http_port: int = 0,
+        metrics_port: int = 0,
+        config: ServerConfig | None = None,
+        log_file: Path | None = None,
+        verbose: bool = False,
+        start_timeout: float = 600.0,
+    ) -> None:
+        self._bundle = bundle.resolve()
+        self._wanted_ports = dict(zip(SERVICES, (grpc_port, http_port, metrics_port), strict=True))
+        self._config = config or ServerConfig()
+        self._log_file = log_file
+        self._verbose = verbose
+        self._start_timeout = start_timeout
+        self._ports: Mapping[str, int] = self._wanted_ports
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._log: LogPump | None = None
+        self._log_stream: IO[str] | None = None
+        self._folder: Path | None = None
+
+    @property
+    def grpc_url(self) -> str:
+        """``host:port`` of the gRPC service."""
+        return f"{HOST}:{self._ports['grpc']}"
+
+    @property
+    def http_url(self) -> str:
+        """URL of the HTTP service."""
+        return f"http://{HOST}:{self._ports['http']}"
+
+    @property
+    def metrics_url(self) -> str:
+        """URL of the metrics."""
+        return f"http://{HOST}:{self._ports['metrics']}/metrics"
+
+    @property
+    def log_tail(self) -> list[str]:
+        """The last lines that the server said."""
+        return self._log.tail() if self._log else []
+
+    def start(self) -> Self:
+        """Start the server and wait until every model is ready.
+
+        Raises:
+            BundleError: the bundle is missing, incomplete or damaged.
+            ServerStartError: a port is taken, ``tritonserver`` is not installed, or it did not become ready; nothing is
+                left of it then, and the message names the cause.
+        """
+        if self._guard is not None:
+            raise ServerStartError(f"the server of {self._bundle} is running already")
+        check_bundle(self._bundle)
+        installation = Installation.find()
+        for attempt in range(_ATTEMPTS):
+            self._ports = choose_ports(self._wanted_ports)
+            try:
+                self._launch(installation)
+                self._wait_until_ready()
+                return self
+            except ServerStartError as error:
+                self.stop()
+                if "in use" not in str(error) or attempt == _ATTEMPTS - 1 or all(self._wanted_ports.values()):
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def stop(self) -> None:
+        """Stop the server and wait until nothing of it is left. May be called twice."""
+        if self._guard is not None and self._guard.stdin is not None:
+            self._guard.stdin.close()
+            self._guard.wait()
+            self._guard = None
+        if self._log is not None:
+            self._log.join()
+        if self._log_stream is not None:
+            self._log_stream.close()
+            self._log_stream = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)  # the guard has done it, unless it never ran
+            self._folder = None
+
+    def poll(self) -> int | None:
+        """Exit status of a server that ended by itself; None while it runs."""
+        return None if self._guard is None else self._guard.poll()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def _launch(self, installation: Installation) -> None:
+        folder = self._folder = Path(tempfile.mkdtemp(prefix="blipstream-"))
+        shm_prefix = f"blipstream_{os.getpid()}_{secrets.token_hex(4)}_"
+        backends = folder / "backends"
+        backends.mkdir()
+        installation.make_backends(backends)
+        job = {
+            "command": self._command(installation, backends, shm_prefix),
+            "folder": str(folder),
+            "shm_prefix": shm_prefix,
+            "lifeline_variable": LIFELINE_VARIABLE,
+            "stop_timeout": self._config.stop_grace + _UNLOAD_S + _KILL_AFTER_S,
+        }
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, json.dumps(job)],
+            env={**installation.environment(self._config.threads), **self._config.to_environment()},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C on the terminal reaches the launcher alone
+        )
+        self._log = self._open_log(self._guard)
+
+    def _command(self, installation: Installation, backends: Path, shm_prefix: str) -> list[str]:
+        services = [
+            argument
+            for name in SERVICES
+            for argument in (f"--{name}-address={HOST}", f"--{name}-port={self._ports[name]}")
+        ]
+        return [
+            str(installation.binary),
+            f"--model-repository={self._bundle}",
+            f"--backend-directory={backends}",
+            f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+            *services,
+            "--disable-auto-complete-config",  # the configurations are complete; it would load each model twice
+            "--allow-gpu-metrics=false",
+            "--pinned-memory-pool-byte-size=0",
+            f"--exit-timeout-secs={math.ceil(self._config.stop_grace + _UNLOAD_S)}",
+        ]
+
+    def _open_log(self, process: subprocess.Popen[bytes]) -> LogPump:
+        if process.stdout is None:
+            raise AssertionError("the guard's output is a pipe")
+        if self._log_file is not None:
+            try:
+                self._log_stream = stream = self._log_file.open("a", encoding="utf-8", buffering=1)
+            except OSError as error:
+                raise ServerStartError(f"the log file {self._log_file} cannot be written: {error.strerror}") from None
+            return LogPump(process.stdout, lambda line: print(line, file=stream))
+        wanted = None if self._verbose else is_alarming
+        return LogPump(process.stdout, lambda line: print(line, file=sys.stderr), wanted)
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._start_timeout
+        while not (
+            answers_ok(self._ports["http"], "/v2/health/ready") and answers_ok(self._ports["metrics"], "/metrics")
+        ):
+            if self.poll() is not None:
+                self._fail("did not start")
+            if time.monotonic() > deadline:
+                self._fail(f"was not ready after {self._start_timeout:g} s")
+            time.sleep(_POLL_S)
+
+    def _fail(self, what: str) -> None:
+        if self._log is not None and self.poll() is not None:
+            self._log.join()
+        raise ServerStartError(f"tritonserver {what}: {find_cause(self.log_tail)}")
+
+
+def choose_ports(wanted: Mapping[str, int]) -> dict[str, int]:
+    """Check the ports that are given, and replace each 0 by a free port.
+
+    Raises:
+        ServerStartError: a port is taken, given twice or no port; the message names it.
+    """
+    given = [port for port in wanted.values() if port]
+    if len(set(given)) < len(given):
+        raise ServerStartError(f"each service needs a port of its own, but the ports are {wanted}")
+    with contextlib.ExitStack() as held:  # all are bound at once, so that no two are the same
+        return {name: held.enter_context(_bound(name, port)).getsockname()[1] for name, port in wanted.items()}
+
+
+def _bound(service: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: old connections may linger
+        listener.bind((HOST, port))
+        listener.listen(1)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = "it is taken" if isinstance(error, OSError) and error.errno == errno.EADDRINUSE else str(error)
+        raise ServerStartError(f"port {port} on {HOST} cannot be used for the {service} service: {reason}") from None
+    return listener
+
+
+def answers_ok(port: int, path: str) -> bool:
+    """Whether an HTTP service on the loopback address answers a GET with status 200."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=5.0)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

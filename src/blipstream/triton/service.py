@@ -1,0 +1,279 @@
+"""The service behind ``blip2``: check a request, get its image features, hand it to the decode loop, answer.
+
+It sees requests as :class:`~blipstream.triton.calls.Call` and runs without Triton in tests. Its threads, each with one
+owner: an asyncio event loop on which requests wait for their features, workers that block on behalf of it, the decode
+loop, the response writer and the cancellation watch. :meth:`GenerationService.accept` never blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from blipstream.config import ServerConfig
+from blipstream.decoding.loop import DecodeLoop
+from blipstream.decoding.request import Chunk, GenerationRequest, Prompt
+from blipstream.decoding.text import Tokenizer
+from blipstream.errors import (
+    BlipstreamError,
+    EngineError,
+    InvalidRequestError,
+    RequestTimeoutError,
+    ServerBusyError,
+)
+from blipstream.features import Features, FeatureSource
+from blipstream.triton.calls import Call
+from blipstream.triton.cancellation import CancellationWatch
+from blipstream.triton.inputs import ImageSource, ParsedRequest, RequestParser
+from blipstream.triton.metrics import ServingMetrics
+from blipstream.triton.session import ResponseWriter, Session
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_PARSING_THREADS = 2
+_FEATURE_THREADS = 32
+"""Images whose features are computed at once: enough to fill the batches of each model that is involved."""
+
+_SHUTTING_DOWN = "the server is shutting down"
+_LAST_RESPONSES_S = 5.0
+"""Time that Triton has to take the last responses when the server stops."""
+
+_OUTCOMES: dict[type[BlipstreamError], str] = {
+    InvalidRequestError: "invalid",
+    ServerBusyError: "busy",
+    RequestTimeoutError: "timeout",
+}
+
+
+class GenerationService:
+    """Serves calls until it is closed.
+
+    Args:
+        parser: checks inputs.
+        tokenizer: the language model's.
+        bos_token_id: begins a plain caption.
+        compute_features: blocks until the soft tokens (Q, D) of an image are computed.
+        make_loop: makes the decode loop that reports to the given observer.
+        config: queue size, timeouts, cache budget.
+        capacity: sequences that run at once.
+    """
+
+    def __init__(
+        self,
+        parser: RequestParser,
+        tokenizer: Tokenizer,
+        bos_token_id: int,
+        compute_features: Callable[[ImageSource], Features],
+        make_loop: Callable[[ServingMetrics], DecodeLoop],
+        config: ServerConfig,
+        capacity: int,
+    ) -> None:
+        self.metrics = ServingMetrics()
+        self._parser = parser
+        self._tokenizer = tokenizer
+        self._bos_token_id = bos_token_id
+        self._compute_features = compute_features
+        self._config = config
+        self._limit = config.queue_size + capacity
+        self._features = FeatureSource(config.cache_bytes)
+        self._decode_loop = make_loop(self.metrics)
+        self._writer = ResponseWriter()
+        self._watch = CancellationWatch[Session](self._on_cancel)
+        self._parsers = ThreadPoolExecutor(_PARSING_THREADS, "request-parser")
+        self._workers = ThreadPoolExecutor(_FEATURE_THREADS, "feature-worker")
+        self._events = asyncio.new_event_loop()
+        self._events_thread = threading.Thread(target=self._events.run_forever, name="requests", daemon=True)
+        self._changed = threading.Condition()  # guards what follows
+        self._live: set[Session] = set()
+        self._closing = False
+        self._closed = False
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._events_thread.start()
+        self._decode_loop.start()
+        self._writer.start()
+        self._watch.start()
+
+    def accept(self, call: Call) -> None:
+        """Take a call; it gets exactly one final response, whatever happens."""
+        session = Session(call, self._writer, self._on_end)
+        with self._changed:
+            refusal = self._refusal()
+            if refusal is None:
+                self._live.add(session)
+                asyncio.run_coroutine_threadsafe(self._serve(session), self._events)
+        if refusal is None:
+            self._watch.add(session)
+        else:
+            call.fail(refusal)
+            self.metrics.on_outcome(outcome_of(refusal))
+
+    def cancel(self, name: str) -> None:
+        """Cancel the call of that name, if it is at hand."""
+        with self._changed:
+            named = [session for session in self._live if session.call.name == name]
+        for session in named if name else ():
+            self._on_cancel(session)
+
+    def gauges(self) -> dict[str, float]:
+        """Values of the metrics that are kept elsewhere."""
+        running = self.metrics.running
+        with self._changed:
+            waiting = max(0, len(self._live) - running)
+        return {
+            "feature_cache_hits_total": self._features.num_hits,
+            "feature_cache_misses_total": self._features.num_misses,
+            "feature_cache_bytes": self._features.num_bytes,
+            "running_sequences": running,
+            "waiting_requests": waiting,
+        }
+
+    def close(self, grace: float = 0.0) -> None:
+        """Take no more calls, answer those at hand, and stop every thread. Further calls of this only wait for that.
+
+        Args:
+            grace: seconds that running sequences have to end; waiting requests are answered at once.
+        """
+        with self._changed:
+            if self._closing:
+                self._changed.wait_for(lambda: self._closed)
+                return
+            self._closing = True
+        self._withdraw_all(waiting_only=True)
+        self._wait_until_empty(grace)
+        self._withdraw_all()
+        self._decode_loop.close(drain=False)
+        self._wait_until_empty(_LAST_RESPONSES_S)
+        self._stop_threads()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    # --- one call ----------------------------------------------------------------------------------------------------
+
+    async def _serve(self, session: Session) -> None:
+        """Bring a call to the decode loop. On the event loop's thread."""
+        call = session.call
+        session.task = asyncio.current_task()
+        try:
+            if session.cancelled:  # before there was a task to cancel
+                raise asyncio.CancelledError
+            parsed = await self._on(self._parsers, lambda: self._parser.parse(call.inputs()))
+            session.stream = parsed.stream
+            soft_tokens = await self._wait_for_features(call, parsed.image)
+            self._decode_loop.submit(self._request(session, parsed, soft_tokens))
+        except asyncio.CancelledError:
+            session.cancel()
+        except BlipstreamError as error:
+            session.fail(error)
+        except Exception as error:
+            _log.exception("request %s failed", call.request_id)
+            session.fail(EngineError(f"an internal error occurred: {error!r}"))
+        finally:
+            session.task = None
+
+    async def _wait_for_features(self, call: Call, image: ImageSource) -> Features:
+        """Soft tokens (Q, D) of an image, if they come before the call's time is up."""
+
+        def compute() -> asyncio.Future[Features]:
+            return self._on(self._workers, lambda: self._compute_features(image))
+
+        start_by = self._start_by(call)
+        left = None if start_by is None else start_by - time.monotonic()
+        try:
+            return await asyncio.wait_for(self._features.get(image.key, compute), left)
+        except asyncio.TimeoutError:
+            raise RequestTimeoutError(
+                f"the request waited {time.monotonic() - call.arrived_at:.3f} s for its image features, and its "
+                f"timeout is {self._timeout(call):.3f} s"
+            ) from None
+
+    def _request(self, session: Session, parsed: ParsedRequest, soft_tokens: Features) -> GenerationRequest:
+        token_ids = self._tokenizer.encode(parsed.text) if parsed.text else (self._bos_token_id,)
+        return GenerationRequest(
+            request_id=session.call.request_id,
+            prompt=Prompt(soft_tokens, token_ids),
+            params=parsed.params,
+            on_chunk=session.on_chunk,
+            is_cancelled=lambda: session.cancelled,
+            start_by=self._start_by(session.call),
+            arrived_at=session.call.arrived_at,
+        )
+
+    def _timeout(self, call: Call) -> float:
+        return call.timeout or self._config.request_timeout
+
+    def _start_by(self, call: Call) -> float | None:
+        return call.arrived_at + self._timeout(call) if self._timeout(call) else None
+
+    def _on(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:
+        return self._events.run_in_executor(pool, work)
+
+    # --- the ends of calls -------------------------------------------------------------------------------------------
+
+    def _refusal(self) -> ServerBusyError | None:
+        if self._closing:
+            return ServerBusyError(_SHUTTING_DOWN)
+        if len(self._live) >= self._limit:
+            return ServerBusyError(f"the queue is full: {len(self._live)} requests are running or waiting")
+        return None
+
+    def _on_cancel(self, session: Session) -> None:
+        """The client has cancelled. On the watch's thread."""
+        session.withdraw()
+        self._events.call_soon_threadsafe(session.cancel_task)
+
+    def _on_end(self, session: Session, last: Chunk) -> None:
+        """A call's final response was sent. On the writer's thread."""
+        reason = last.finish_reason.value if last.finish_reason is not None else outcome_of(last.error)
+        self.metrics.on_outcome(reason)
+        self._watch.discard(session)
+        with self._changed:
+            self._live.discard(session)
+            self._changed.notify_all()
+
+    def _withdraw_all(self, *, waiting_only: bool = False) -> None:
+        """Let the calls at hand end because the server stops; where they wait for features, now."""
+        with self._changed:
+            live = [session for session in self._live if not (waiting_only and session.started)]
+        for session in live:
+            session.withdraw(ServerBusyError(_SHUTTING_DOWN))
+            self._events.call_soon_threadsafe(session.cancel_task)
+
+    def _wait_until_empty(self, timeout: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._live, timeout)
+
+    def _stop_threads(self) -> None:
+        self._watch.close()
+        self._writer.close()
+        asyncio.run_coroutine_threadsafe(_cancel_tasks(), self._events).result()
+        self._events.call_soon_threadsafe(self._events.stop)
+        self._events_thread.join()
+        self._events.close()
+        self._parsers.shutdown()
+        self._workers.shutdown(wait=False)  # a model that hangs must not keep the server from stopping
+
+
+async def _cancel_tasks() -> None:
+    """Cancel what the event loop still runs, and wait for it."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def outcome_of(error: BlipstreamError | None) -> str:
+    """The outcome, in the metrics, of a request that ended with an error."""
+    for kind, outcome in _OUTCOMES.items():
+        if isinstance(error, kind):
+            return outcome
+    return "error"
