@@ -5,8 +5,11 @@ from __future__ import annotations
 import typer
 from blipstream_export.cli import build
 
+from blipstream.commands.serve import serve
+
 app = typer.Typer(name="blipstream", no_args_is_help=True)
 app.command()(build)
+app.command()(serve)
 
 
 @app.callback()

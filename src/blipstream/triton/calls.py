@@ -92,8 +92,8 @@ class Call(Protocol):
 class TritonCall:
     """A :class:`Call` over a request of the Python backend.
 
-    Triton frees a request's state with its final response. A question about it after that would read freed memory in the
-    server's own process; so questions and the final response take turns, and none is asked afterwards.
+    Triton frees a request's state with its final response. A question about it after that would read freed memory in
+    the server's own process; so questions and the final response take turns, and none is asked afterwards.
     """
 
     def __init__(self, request: Any) -> None:

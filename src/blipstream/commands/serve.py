@@ -1,0 +1,121 @@
+"""The command ``blipstream serve``. Importing it is cheap: the launcher comes with the command's run."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from blipstream.config import ServerConfig
+from blipstream.errors import BlipstreamError, ServerStartError
+
+if TYPE_CHECKING:
+    from blipstream.triton.server import TritonServer
+
+_DEFAULTS = ServerConfig()
+_POLL_S = 0.2
+
+
+def serve(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `blipstream build` wrote.")],
+    grpc_port: Annotated[int, typer.Option(help="Port for gRPC on the loopback address; 0 chooses a free one.")] = 8001,
+    http_port: Annotated[int, typer.Option(help="The same for HTTP.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(help="The same for metrics.")] = 8002,
+    threads: Annotated[int, typer.Option(help="CPU threads of each engine; 0 means all cores.")] = _DEFAULTS.threads,
+    queue_size: Annotated[int, typer.Option(help="Requests that may wait.")] = _DEFAULTS.queue_size,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds that a request may wait for a slot when it does not say; 0 means for ever.")
+    ] = _DEFAULTS.request_timeout,
+    cache_bytes: Annotated[
+        int, typer.Option(help="Bytes of image features that are kept; 0 keeps none.")
+    ] = _DEFAULTS.cache_bytes,
+    max_image_bytes: Annotated[int, typer.Option(help="Bytes of an image at most.")] = _DEFAULTS.max_image_bytes,
+    max_image_pixels: Annotated[int, typer.Option(help="Pixels of an image at most.")] = _DEFAULTS.max_image_pixels,
+    stop_grace: Annotated[
+        float, typer.Option(help="Seconds that running sequences have to end when the server stops.")
+    ] = _DEFAULTS.stop_grace,
+    start_timeout: Annotated[float, typer.Option(help="Seconds that the models have to load.")] = 600.0,
+    log_file: Annotated[Path | None, typer.Option(help="Append all that the server says to this file.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show all that the server says.")] = False,
+) -> None:
+    """Serve a bundle on Triton, on this machine, until Ctrl-C or SIGTERM."""
+    console, errors = Console(), Console(stderr=True)
+    try:
+        config = ServerConfig(
+            threads=threads,
+            queue_size=queue_size,
+            request_timeout=request_timeout,
+            cache_bytes=cache_bytes,
+            max_image_bytes=max_image_bytes,
+            max_image_pixels=max_image_pixels,
+            stop_grace=stop_grace,
+        )
+        from blipstream.triton.server import TritonServer
+
+        server = TritonServer(
+            bundle,
+            grpc_port=grpc_port,
+            http_port=http_port,
+            metrics_port=metrics_port,
+            config=config,
+            log_file=log_file,
+            verbose=verbose,
+            start_timeout=start_timeout,
+        )
+        _run(server, bundle, console)
+    except BlipstreamError as error:
+        errors.print(f"blipstream serve: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _run(server: TritonServer, bundle: Path, console: Console) -> None:
+    """Serve until a signal comes or the server ends, and leave nothing behind."""
+    with _stop_signals() as ignore_signals:
+        try:
+            server.start()
+            _show(server, bundle, console)
+            while server.poll() is None:
+                time.sleep(_POLL_S)
+            raise ServerStartError(f"tritonserver ended unexpectedly, with status {server.poll()}")
+        except KeyboardInterrupt:
+            console.print("Stopping.")
+        finally:
+            ignore_signals()
+            server.stop()
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Any]:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt; gives a function after which they do nothing."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def ignore() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield ignore
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _show(server: TritonServer, bundle: Path, console: Console) -> None:
+    lines = [
+        f"Serving {bundle}",
+        f"  gRPC     {server.grpc_url}",
+        f"  HTTP     {server.http_url}",
+        f"  metrics  {server.metrics_url}",
+        "Ctrl-C stops it.",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
