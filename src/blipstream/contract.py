@@ -113,11 +113,13 @@ BLIP2_OUTPUTS = (
     TensorSpec("finish_reason", "BYTES", (-1,)),
     TensorSpec("num_input_tokens", "INT32", (-1,)),
     TensorSpec("num_output_tokens", "INT32", (-1,)),
+    TensorSpec("output_ids", "INT32", (-1, -1)),
     TensorSpec("sequence_index", "INT32", (-1,)),
     TensorSpec("cum_log_probs", "FP32", (-1,)),
     TensorSpec("output_log_probs", "FP32", (-1, -1)),
 )
-"""Outputs of ``blip2``. While a stream runs, ``finish_reason`` is an empty string and the counts are those so far."""
+"""Outputs of ``blip2``. While a stream runs, ``finish_reason`` is an empty string and the counts are those so far.
+``output_ids`` holds the tokens since the last response, the end token included."""
 
 BLIP2_SPEC = ModelSpec(BLIP2, BLIP2_INPUTS, BLIP2_OUTPUTS)
 BLIP2_UNARY_SPEC = ModelSpec(BLIP2_UNARY, BLIP2_INPUTS, BLIP2_OUTPUTS)

@@ -41,6 +41,8 @@ class Answer:
     """Empty while more follows."""
     num_input_tokens: int
     num_output_tokens: int
+    token_ids: tuple[int, ...] = ()
+    """Tokens since the last response."""
     log_probs: tuple[float, ...] | None = None
     """Of the tokens since the last response, when the request asks for them."""
     cum_log_prob: float = 0.0
@@ -53,6 +55,7 @@ class Answer:
             "finish_reason": np.array([[self.finish_reason.encode()]], np.object_),
             "num_input_tokens": np.array([[self.num_input_tokens]], np.int32),
             "num_output_tokens": np.array([[self.num_output_tokens]], np.int32),
+            "output_ids": np.array([[self.token_ids]], np.int32),
             "sequence_index": np.zeros((1, 1), np.int32),
         }
         if self.log_probs is not None:

@@ -109,6 +109,7 @@ class Session:
             finish_reason="" if last.finish_reason is None else last.finish_reason.value,
             num_input_tokens=last.num_input_tokens,
             num_output_tokens=last.num_output_tokens,
+            token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
             log_probs=log_probs or None,
             cum_log_prob=self._log_probs_sum,
         )
