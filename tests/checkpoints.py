@@ -34,6 +34,21 @@ PROMPTS = (
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 """Ids 0 to 3, as in OPT's own tokenizer; ``</s>`` begins and ends a text."""
 
+OPT_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "odd heads": {"hidden_size": 60, "num_attention_heads": 5, "num_hidden_layers": 3, "ffn_dim": 77},
+    "one head, one layer": {"hidden_size": 9, "num_attention_heads": 1, "num_hidden_layers": 1, "ffn_dim": 31},
+    "post-norm, narrow embeddings": {"do_layer_norm_before": False, "word_embed_proj_dim": 20},
+    "pre-norm, narrow embeddings": {"word_embed_proj_dim": 28, "hidden_size": 64, "num_attention_heads": 4},
+    "post-norm": {"do_layer_norm_before": False, "num_hidden_layers": 3},
+    "no bias": {"enable_bias": False},
+    "plain norms": {"layer_norm_elementwise_affine": False},
+    "no final norm": {"_remove_final_layer_norm": True},
+    "untied, larger vocabulary": {"tie_word_embeddings": False, "vocab_size": 337},
+    "gelu": {"activation_function": "gelu", "hidden_size": 40, "num_attention_heads": 2},
+}
+"""Overrides of ``OPTConfig``: every branch of the architecture, with odd sizes (heads of 12, 9, 20, ... values)."""
+
 _CORPUS = (
     "a photo of a red cat and a blue dog on a green chair",
     "Question: what colour is the large circle? Answer: yellow",
@@ -196,6 +211,7 @@ def _draw(name: str, parameter: Any, generator: Any) -> None:
     elif parameter.dim() < 2:
         parameter.copy_(0.1 * noise)
     elif parameter.dim() == 2 and "embed" not in name:
-        parameter.copy_(noise * 4 * parameter.shape[1] ** -0.5)
+        gain = 4 if name.startswith("language_model") else 2
+        parameter.copy_(noise * gain * parameter.shape[1] ** -0.5)
     else:
         parameter.copy_(noise * (0.3 if "patch_embedding" not in name else 0.1))

@@ -1,0 +1,21 @@
+"""Checkpoints and bundles that the export tests share; none of them may change one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from blipstream_export.build import BuildOptions, BuildResult, build
+from tests.checkpoints import save_blip2_opt
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_blip2_opt(tmp_path_factory.mktemp("checkpoints") / "random")
+
+
+@pytest.fixture(scope="session")
+def random_bundle(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
+    output = tmp_path_factory.mktemp("bundles") / "random"
+    return build(str(random_checkpoint), output, BuildOptions(max_sequences=5))

@@ -1,0 +1,176 @@
+"""Every wrapper, run eagerly, computes what transformers computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from blipstream.decoding.request import Prompt
+from blipstream.engines.decoder import prefill_inputs
+from blipstream_export.models.opt import OPTDecoder
+from blipstream_export.models.qformer import QFormer
+from blipstream_export.models.vision import VisionEncoder
+from blipstream_export.ops import attention, cached_attention
+from tests.checkpoints import OPT_VARIANTS, TinySizes, make_blip2_opt
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 7), (3, 12), (4, 8)])
+def test_attention_equals_torch(heads: int, head_dim: int) -> None:
+    query, key, value = torch.randn(2, 5, heads * head_dim), *torch.randn(2, 2, 9, heads * head_dim)
+    split = [x.unflatten(-1, (heads, head_dim)).transpose(1, 2) for x in (query, key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*split, scale=0.3).transpose(1, 2).flatten(2)
+    assert_close(attention(query, key, value, heads, 0.3), expected)
+
+
+def test_attention_with_a_cache_equals_causal_attention_row_by_row() -> None:
+    """Rows of 4, 1 and 6 tokens are prefilled together, then all grow by two steps; two query heads share a key."""
+    heads, kv_heads, dim, capacity = 4, 2, 5, 11
+    lengths = torch.tensor([4, 1, 6])
+    tokens = torch.randn(3, 8, (heads + 2 * kv_heads) * dim)  # what each row holds at the end
+    key, value = torch.randn(2, 3, kv_heads, capacity, dim)
+
+    def run(qkv: Tensor, ends: Tensor) -> Tensor:
+        nonlocal key, value
+        output, key, value = cached_attention(
+            qkv, key, value, (ends - 1).int(), ends.max().int(), heads, kv_heads, dim**-0.5
+        )
+        return output
+
+    prefill = run(tokens[:, :6], lengths)
+    first = run(torch.stack([tokens[row, lengths[row]] for row in range(3)])[:, None], lengths + 1)
+    second = run(torch.stack([tokens[row, lengths[row] + 1] for row in range(3)])[:, None], lengths + 2)
+    for row, length in enumerate(lengths.tolist()):
+        q, k, v = tokens[row, : length + 2].split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, dim)).transpose(0, 1) for x in (q, k, v))
+        whole = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        expected = whole.transpose(0, 1).flatten(1)  # (length + 2, H * D)
+        found = torch.cat([prefill[row, :length], first[row], second[row]])
+        assert_close(found, expected)
+
+
+def test_operators_are_well_formed_for_export() -> None:
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(attention, (*torch.randn(3, 2, 4, 6), 2, 0.5), test_utils=utils)
+    cache = torch.randn(2, 2, 1, 7, 3)
+    lengths = (torch.tensor([3, 1], dtype=torch.int32), torch.tensor(4, dtype=torch.int32))
+    torch.library.opcheck(cached_attention, (torch.randn(2, 4, 12), *cache, *lengths, 2, 1, 0.5), test_utils=utils)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize(("hidden", "heads", "image_size", "patch"), [(36, 3, 28, 7), (10, 1, 15, 5), (24, 2, 33, 8)])
+def test_vision_encoder(qkv_bias: bool, hidden: int, heads: int, image_size: int, patch: int) -> None:
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    config = Blip2VisionConfig(
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=3 * hidden + 1,
+        num_hidden_layers=3,
+        image_size=image_size,
+        patch_size=patch,
+        qkv_bias=qkv_bias,
+        initializer_range=0.3,
+    )
+    model = Blip2VisionModel(config).eval()
+    pixel_values = torch.randn(3, 3, image_size, image_size)
+    assert_close(VisionEncoder(model)(pixel_values), model(pixel_values).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        TinySizes(),
+        TinySizes(qformer_hidden=21, qformer_heads=3, qformer_layers=1, num_query_tokens=1),
+        TinySizes(cross_attention_frequency=1, qformer_layers=2, num_query_tokens=9),
+        TinySizes(cross_attention_frequency=3, qformer_layers=5),
+    ],
+    ids=str,
+)
+def test_qformer(sizes: TinySizes) -> None:
+    model = make_blip2_opt(sizes=sizes)
+    pixel_values = torch.randn(2, 3, sizes.image_size, sizes.image_size)
+    features = model.get_image_features(pixel_values, return_dict=True)
+    assert_close(QFormer(model)(features.last_hidden_state), features.pooler_output)
+
+
+def test_soft_tokens_fill_narrow_embeddings_as_transformers_scatters_them() -> None:
+    model = make_blip2_opt(sizes=replace(TinySizes(), num_query_tokens=4), opt={"word_embed_proj_dim": 20})
+    pixel_values = torch.randn(1, 3, 28, 28)
+    seen: list[Tensor] = []
+    model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    features = model(pixel_values=pixel_values, input_ids=torch.tensor([[319] * 4 + [2]]))
+    soft_tokens = QFormer(model)(features.vision_outputs.last_hidden_state)
+    assert_close(soft_tokens, seen[0][:, :4])
+
+
+# --- decoder ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPT_VARIANTS)
+def test_opt_decoder(name: str) -> None:
+    """Prefill of three rows of unequal lengths, then two decode steps, against the whole sequences in transformers."""
+    model = make_blip2_opt(opt=OPT_VARIANTS[name]).language_model
+    decoder = OPTDecoder(model).eval()
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(0, 319, length).tolist() for length in (6, 3, 9)]  # the last two tokens come by steps
+    soft = [rng.standard_normal((rows, decoder.embed_dim)).astype(np.float32) for rows in (4, 2, 1)]
+    expected = [_opt_logits(model, *pair) for pair in zip(soft, texts, strict=True)]
+
+    prompts = [Prompt(rows, tuple(ids[:-2])) for rows, ids in zip(soft, texts, strict=True)]
+    inputs = {key: torch.from_numpy(value) for key, value in prefill_inputs(prompts).items()}
+    cache = [torch.zeros(3, decoder.num_kv_heads, 12, decoder.head_dim) for _ in range(2 * decoder.num_layers)]
+    logits, *cache = decoder(*inputs.values(), cache)
+    assert_close(logits, torch.stack([whole[-3] for whole in expected]))
+    lengths = torch.tensor([prompt.num_tokens for prompt in prompts])
+    for step in (-2, -1):
+        tokens = torch.tensor([[ids[step]] for ids in texts])
+        unused, first = torch.zeros(1, decoder.embed_dim), torch.zeros(3, dtype=torch.int64)
+        total = (lengths.max() + 1).int()
+        logits, *cache = decoder(tokens, unused, lengths[:, None], first, lengths.int(), total, cache)
+        assert_close(logits, torch.stack([whole[step] for whole in expected]))
+        lengths = lengths + 1
+
+
+def test_releasing_the_source_changes_nothing() -> None:
+    model = make_blip2_opt().language_model
+    kept, released = OPTDecoder(model), OPTDecoder(model, release=True)
+    assert all(layer.self_attn is None for layer in model.model.decoder.layers)
+    for name, parameter in kept.state_dict().items():
+        assert torch.equal(parameter, released.state_dict()[name])
+
+
+def test_tied_embeddings_are_one_tensor() -> None:
+    decoder = OPTDecoder(make_blip2_opt().language_model)
+    assert decoder.lm_head.weight is decoder.embed_tokens.weight
+    untied = OPTDecoder(make_blip2_opt(opt={"tie_word_embeddings": False}).language_model)
+    assert not torch.equal(untied.lm_head.weight, untied.embed_tokens.weight)
+
+
+def _opt_logits(model: Any, soft_tokens: np.ndarray[Any, Any], ids: list[int]) -> Tensor:
+    embeds = torch.cat([torch.from_numpy(soft_tokens), model.get_input_embeddings()(torch.tensor(ids))])
+    return model(inputs_embeds=embeds[None]).logits[0]
