@@ -51,7 +51,6 @@ class ServingMetrics(LoopObserver):
         self._counts: Counter[str] = Counter()
         self._observations: dict[str, list[float]] = {name: [] for name in HISTOGRAMS}
         self._outcomes: Counter[str] = Counter()
-        self.running = 0
 
     def on_step(self, report: StepReport) -> None:
         """Count an iteration of the decode loop."""
@@ -59,7 +58,6 @@ class ServingMetrics(LoopObserver):
             self._counts["generated_tokens_total"] += report.generated_tokens
             self._counts["prompt_tokens_total"] += report.prefill_tokens
             self._counts["decode_steps_total"] += 1
-            self.running = report.running
 
     def on_start(self, queue_seconds: float) -> None:
         """Note how long a request waited for its slot."""

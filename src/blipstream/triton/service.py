@@ -125,7 +125,7 @@ class GenerationService:
 
     def gauges(self) -> dict[str, float]:
         """Values of the metrics that are kept elsewhere."""
-        running = self.metrics.running
+        running = self._decode_loop.num_running
         with self._changed:
             waiting = max(0, len(self._live) - running)
         return {

@@ -1,0 +1,138 @@
+"""Requests: every fault is named, and what is right arrives as it was sent."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blipstream.config import ServerConfig
+from blipstream.errors import InvalidImageError, InvalidRequestError
+from blipstream.triton.inputs import ParsedRequest, RequestParser
+from tests.unit.triton.fakes import IMAGE_SIZE, make_manifest, tensors
+
+FILE = b"\x89PNG and so on"
+
+
+def parse(config: ServerConfig | None = None, **inputs: Any) -> ParsedRequest:
+    return RequestParser(make_manifest(), config or ServerConfig()).parse(tensors(**inputs))
+
+
+def pixels(value: float = 0.5, size: int = IMAGE_SIZE) -> np.ndarray:
+    return np.full((1, 3, size, size), value, np.float16)
+
+
+def test_an_image_alone_is_enough() -> None:
+    request = parse(image=FILE)
+    assert request.image.file == FILE
+    assert request.text == ""
+    assert not request.stream
+    assert request.params.max_tokens == 20
+    assert request.params.greedy
+
+
+def test_every_parameter_arrives() -> None:
+    request = parse(
+        image=FILE,
+        text_input="ü?".encode(),
+        max_tokens=9,
+        min_tokens=2,
+        temperature=0.5,
+        top_k=7,
+        top_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.75,
+        random_seed=2**64 - 1,
+        stop_words=[b"end", b"stop"],
+        bad_words=[b"cat"],
+        stream=True,
+        return_log_probs=True,
+        beam_width=1,
+        length_penalty=1.0,
+    )
+    params = request.params
+    assert request.text == "ü?"
+    assert request.stream
+    assert (params.max_tokens, params.min_tokens, params.top_k) == (9, 2, 7)
+    assert (params.temperature, params.top_p, params.repetition_penalty) == (0.5, 0.25, 1.5)
+    assert (params.presence_penalty, params.frequency_penalty, params.seed) == (-0.5, 0.75, 2**64 - 1)
+    assert (params.stop, params.bad_words, params.log_probs) == (("end", "stop"), ("cat",), True)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "fault"),
+    [
+        ({}, "neither image nor image_input"),
+        ({"image": FILE, "image_input": pixels()}, "both image and image_input"),
+        ({"image_input": pixels(size=9)}, "image_input must have the shape (1, 3, 8, 8), but it has (1, 3, 9, 9)"),
+        ({"image_input": pixels(np.nan)}, "image_input must hold finite numbers"),
+        ({"image_input": pixels(np.inf)}, "image_input must hold finite numbers"),
+        ({"image": b""}, "the image is empty"),
+        ({"image": FILE, "text_input": b"ab\xff"}, "text_input must be UTF-8 text, but its byte 2, 0xff, is not"),
+        ({"image": FILE, "text_input": b"a" * 65537}, "text_input must have at most 65536 bytes, but has 65537"),
+        ({"image": FILE, "stop_words": [b"a" * 40000] * 2}, "stop_words must have at most 65536 bytes, but has 80000"),
+        ({"image": FILE, "stop_words": [b"\xff"]}, "stop_words must be UTF-8 text"),
+        ({"image": FILE, "bad_words": [b"a", b""]}, "bad_words must not hold an empty string"),
+        ({"image": FILE, "max_tokens": 0}, "max_tokens must be an integer of at least 1, but it is 0"),
+        ({"image": FILE, "max_tokens": -3}, "max_tokens must be an integer of at least 1, but it is -3"),
+        ({"image": FILE, "min_tokens": -1}, "min_tokens must be an integer of at least 0"),
+        ({"image": FILE, "min_tokens": 21}, "min_tokens must be at most max_tokens (20), but it is 21"),
+        ({"image": FILE, "min_tokens": 2, "min_length": 3}, "min_tokens is 2 and min_length is 3"),
+        ({"image": FILE, "temperature": np.nan}, "temperature must be a finite number"),
+        ({"image": FILE, "temperature": -0.1}, "temperature must be a finite number of at least 0"),
+        ({"image": FILE, "top_k": -1}, "top_k must be an integer from 0"),
+        ({"image": FILE, "top_p": np.nan}, "top_p must be a number from 0 to 1"),
+        ({"image": FILE, "top_p": 1.5}, "top_p must be a number from 0 to 1, but it is 1.5"),
+        ({"image": FILE, "repetition_penalty": 0.0}, "repetition_penalty must be a finite number above 0"),
+        ({"image": FILE, "repetition_penalty": np.inf}, "repetition_penalty must be a finite number above 0"),
+        ({"image": FILE, "presence_penalty": np.nan}, "presence_penalty must be a finite number"),
+        ({"image": FILE, "frequency_penalty": np.inf}, "frequency_penalty must be a finite number"),
+        ({"image": FILE, "length_penalty": np.nan}, "length_penalty must be a finite number"),
+        ({"image": FILE, "beam_width": 4}, "beam_width must be 1, for beam search is not served yet, but it is 4"),
+        ({"image": FILE, "beam_width": 0}, "beam_width must be 1"),
+        ({"image": FILE, "colour": b"red"}, "there is no input called 'colour'"),
+    ],
+)
+def test_faults_are_named(inputs: dict[str, Any], fault: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse(**inputs)
+    assert fault in str(caught.value)
+
+
+def test_an_input_of_two_elements_is_refused() -> None:
+    inputs = {**tensors(image=FILE), "max_tokens": np.array([[3, 4]], np.int32)}
+    with pytest.raises(InvalidRequestError, match=r"max_tokens must hold one element, but its shape is \(1, 2\)"):
+        RequestParser(make_manifest(), ServerConfig()).parse(inputs)
+
+
+def test_min_length_is_min_tokens() -> None:
+    assert parse(image=FILE, min_length=3).params.min_tokens == 3
+    assert parse(image=FILE, min_length=3, min_tokens=3).params.min_tokens == 3
+
+
+def test_one_empty_stop_word_means_none() -> None:
+    assert parse(image=FILE, stop_words=[b""]).params.stop == ()
+
+
+def test_the_byte_limit_of_images_is_the_configured_one() -> None:
+    with pytest.raises(InvalidImageError, match="at most 5 are accepted"):
+        parse(ServerConfig(max_image_bytes=5), image=FILE)
+
+
+def test_keys_follow_contents_and_not_how_they_were_sent() -> None:
+    plain = parse(image=FILE).image.key
+    assert parse(image=base64.b64encode(FILE)).image.key == plain
+    assert parse(image=b"data:image/png;base64," + base64.b64encode(FILE)).image.key == plain
+    assert parse(image=FILE + b"!").image.key != plain
+
+
+def test_pixels_and_files_never_share_a_key() -> None:
+    parsed = parse(image_input=pixels()).image
+    assert parsed.pixels is not None
+    assert parsed.pixels.dtype == np.float32
+    assert parsed.pixels.shape == (3, IMAGE_SIZE, IMAGE_SIZE)
+    assert parse(image=pixels().tobytes()).image.key != parsed.key
+    assert parse(image_input=pixels(0.25)).image.key != parsed.key

@@ -1,0 +1,320 @@
+"""The service around the decode loop, with calls and a decoder of its own in place of Triton and a model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blipstream.config import ServerConfig
+from blipstream.decoding.loop import DecodeLoop, LoopConfig
+from blipstream.errors import EngineError, InvalidImageError, PromptTooLongError, RequestTimeoutError, ServerBusyError
+from blipstream.features import Features
+from blipstream.triton.inputs import ImageSource, RequestParser
+from blipstream.triton.service import GenerationService
+from tests.unit.decoding.fakes import EOS, FakeDecoder, byte_tokenizer
+from tests.unit.triton.fakes import FakeCall, make_manifest
+
+NO_EOS = -1e9
+
+
+class SlowDecoder(FakeDecoder):
+    """While it is not ``going``, each decode step waits for ``one_step``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.going = threading.Event()
+        self.going.set()
+        self.one_step = threading.Semaphore(0)
+
+    def decode(self, token_ids: Any, lengths: Any) -> Any:
+        while not (self.going.wait(0.001) or self.one_step.acquire(blocking=False)):
+            pass
+        return super().decode(token_ids, lengths)
+
+
+class Images:
+    """Computes the features of an image: one soft token for each of its first two bytes."""
+
+    def __init__(self) -> None:
+        self.calls: list[bytes] = []
+        self.going = threading.Event()
+        self.going.set()
+        self.error: Exception | None = None
+
+    def __call__(self, image: ImageSource) -> Features:
+        assert image.file is not None
+        self.calls.append(image.file)
+        self.going.wait(60)
+        if self.error is not None:
+            raise self.error
+        return np.array([[image.file[i]] * 4 for i in (0, 1)], np.float32)
+
+
+class Bench:
+    """A running service with its decoder and image models."""
+
+    def __init__(self, *, max_sequences: int = 2, max_tokens: int = 64, **config: Any) -> None:
+        self.decoder = SlowDecoder(max_sequences=max_sequences, max_tokens=max_tokens, eos_bias=NO_EOS)
+        self.images = Images()
+        settings = ServerConfig(**{"request_timeout": 0.0, **config})
+        self.service = GenerationService(
+            RequestParser(make_manifest(max_sequences=max_sequences, max_tokens=max_tokens), settings),
+            byte_tokenizer(),
+            EOS,
+            self.images,
+            lambda metrics: DecodeLoop(
+                self.decoder,
+                byte_tokenizer(),
+                eos_token_ids=[EOS],
+                config=LoopConfig(waiting_poll_s=0.0),
+                observer=metrics,
+            ),
+            settings,
+            max_sequences,
+        )
+        self.service.start()
+
+    def ask(self, image: bytes = b"\x00image", **inputs: Any) -> FakeCall:
+        call = FakeCall(image=image, **inputs)
+        self.service.accept(call)
+        return call
+
+    def fill(self) -> list[FakeCall]:
+        """Occupy every slot with sequences that stand still until ``decoder.going`` is set."""
+        self.decoder.going.clear()
+        calls = []
+        for count in range(1, self.decoder.max_sequences + 1):
+            calls.append(self.ask(stream=True, max_tokens=50))
+            while sum(self.decoder.prefills) < count:  # the loop looks at its queue between two steps
+                self.decoder.one_step.release()
+                time.sleep(0.01)
+        return calls
+
+    def outcomes(self) -> dict[str, int]:
+        return dict(self.service.metrics.take()[2])
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.decoder.going.set()
+    bench.images.going.set()
+    bench.service.close()
+
+
+def test_streamed_and_whole_text_are_the_same(bench: Bench) -> None:
+    whole = bench.ask(text_input=b"why?", max_tokens=12).wait()
+    streamed = bench.ask(text_input=b"why?", max_tokens=12, stream=True).wait()
+    assert len(whole.answers) == 1
+    assert whole.finish_reason == "length"
+    assert whole.answers[0].num_output_tokens == 12
+    assert whole.answers[0].num_input_tokens == 2 + 4
+    assert streamed.text == whole.text
+    assert streamed.token_ids == whole.token_ids
+    assert len(whole.token_ids) == 12
+    assert [answer.finish_reason for answer in streamed.answers[:-1]] == [""] * (len(streamed.answers) - 1)
+
+
+def test_an_empty_text_begins_with_the_begin_token(bench: Bench) -> None:
+    assert bench.ask(max_tokens=5).wait().answers[0].num_input_tokens == 2 + 1
+    assert bench.ask(max_tokens=5, text_input=b"").wait().token_ids == bench.ask(max_tokens=5).wait().token_ids
+
+
+def test_log_probs_come_when_asked_for(bench: Bench) -> None:
+    answer = bench.ask(max_tokens=5, return_log_probs=True).wait().answers[0]
+    assert answer.log_probs is not None
+    assert len(answer.log_probs) == 5
+    assert answer.cum_log_prob == pytest.approx(sum(answer.log_probs))
+    tensors = answer.tensors()
+    assert tensors["output_log_probs"].shape == (1, 1, 5)
+    assert tensors["cum_log_probs"].shape == (1, 1)
+    assert "cum_log_probs" not in bench.ask(max_tokens=5).wait().answers[0].tensors()
+
+
+def test_an_image_is_computed_once(bench: Bench) -> None:
+    for _ in range(3):
+        bench.ask(image=b"\x01one", max_tokens=2).wait()
+    bench.ask(image=b"\x02two", max_tokens=2).wait()
+    assert bench.images.calls == [b"\x01one", b"\x02two"]
+    gauges = bench.service.gauges()
+    assert (gauges["feature_cache_hits_total"], gauges["feature_cache_misses_total"]) == (2, 2)
+    assert gauges["feature_cache_bytes"] == 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "outcome"),
+    [
+        ({"image": b""}, InvalidImageError, "invalid"),
+        ({"text_input": b"a" * 70}, PromptTooLongError, "invalid"),
+    ],
+)
+def test_faults_of_a_request_are_its_answer(bench: Bench, inputs: Any, error: type[Exception], outcome: str) -> None:
+    assert isinstance(bench.ask(**inputs).wait().error, error)
+    wait_until(lambda: bench.outcomes() == {outcome: 1})
+
+
+def test_a_failing_model_fails_its_request_and_no_other(bench: Bench) -> None:
+    bench.images.error = EngineError("the vision encoder failed")
+    assert str(bench.ask().wait().error) == "the vision encoder failed"
+    bench.images.error = RuntimeError("what?")
+    error = bench.ask().wait().error
+    assert isinstance(error, EngineError)
+    assert "internal error occurred: RuntimeError('what?')" in str(error)
+    bench.images.error = None
+    assert bench.ask(max_tokens=3).wait().finish_reason == "length"
+
+
+def test_cancelling_a_running_request_frees_its_slot(bench: Bench) -> None:
+    first, second = bench.fill()
+    waiting = bench.ask(max_tokens=2)
+    first.cancelled = True
+    bench.decoder.going.set()
+    assert waiting.wait().finish_reason == "length"
+    assert first.wait().finish_reason == "cancelled"
+    assert second.wait().finish_reason == "length"
+
+
+def test_cancelling_while_features_are_computed(bench: Bench) -> None:
+    bench.images.going.clear()
+    call, other = bench.ask(), bench.ask(max_tokens=2)
+    wait_until(lambda: bench.images.calls)
+    call.cancelled = True
+    assert call.wait().finish_reason == "cancelled"
+    bench.images.going.set()
+    assert other.wait().finish_reason == "length"
+    assert len(bench.images.calls) == 1
+
+
+def test_cancelling_by_name(bench: Bench) -> None:
+    bench.decoder.going.clear()
+    call = bench.ask(name="abc", stream=True, max_tokens=50)
+    wait_until(lambda: bench.decoder.prefills)
+    bench.service.cancel("")
+    bench.service.cancel("other")
+    bench.service.cancel("abc")
+    bench.decoder.going.set()
+    assert call.wait().finish_reason == "cancelled"
+
+
+def test_timeout_while_waiting_for_a_slot(bench: Bench) -> None:
+    bench.fill()
+    late = bench.ask(timeout=0.05)
+    time.sleep(0.1)
+    bench.decoder.going.set()
+    error = late.wait().error
+    assert isinstance(error, RequestTimeoutError)
+    assert "for a slot, and its timeout is 0.050 s" in str(error)
+
+
+def test_timeout_while_waiting_for_features(bench: Bench) -> None:
+    bench.images.going.clear()
+    error = bench.ask(timeout=0.05).wait().error
+    assert isinstance(error, RequestTimeoutError)
+    assert "for its image features, and its timeout is 0.050 s" in str(error)
+
+
+def test_default_timeout() -> None:
+    bench = Bench(request_timeout=0.05)
+    bench.images.going.clear()
+    assert isinstance(bench.ask().wait().error, RequestTimeoutError)
+    bench.images.going.set()
+    bench.service.close()
+
+
+def test_a_full_queue_refuses() -> None:
+    bench = Bench(queue_size=1)
+    running = bench.fill()
+    waiting = bench.ask(max_tokens=1)
+    refused = bench.ask(max_tokens=1).wait()
+    assert isinstance(refused.error, ServerBusyError)
+    assert "the queue is full: 3 requests are running or waiting" in str(refused.error)
+    bench.decoder.going.set()
+    assert waiting.wait().finish_reason == "length"
+    assert all(call.wait().finish_reason == "length" for call in running)
+    assert bench.ask(max_tokens=1).wait().finish_reason == "length"
+    bench.service.close()
+
+
+def test_gauges_tell_who_runs_and_who_waits(bench: Bench) -> None:
+    bench.fill()
+    bench.ask(max_tokens=1)
+    wait_until(lambda: bench.service.gauges()["waiting_requests"] == 1)
+    assert bench.service.gauges()["running_sequences"] == 2
+    bench.decoder.going.set()
+    wait_until(lambda: bench.service.gauges()["running_sequences"] == 0)
+    wait_until(lambda: bench.service.gauges()["waiting_requests"] == 0)
+
+
+def test_closing_answers_everyone() -> None:
+    bench = Bench()
+    running = bench.fill()
+    waiting = bench.ask()
+    bench.images.going.clear()
+    computing = bench.ask(image=b"\x07another")
+    wait_until(lambda: b"\x07another" in bench.images.calls)
+    closing = threading.Thread(target=bench.service.close)
+    closing.start()
+    assert "shutting down" in str(computing.wait().error)
+    bench.decoder.going.set()
+    for call in (*running, waiting):
+        assert isinstance(call.wait().error, ServerBusyError)
+    bench.images.going.set()
+    closing.join(60)
+    assert not closing.is_alive()
+    late = bench.ask().wait()
+    assert "shutting down" in str(late.error)
+
+
+def test_closing_with_grace_lets_running_requests_end() -> None:
+    bench = Bench()
+    running = bench.fill()
+    waiting = bench.ask()
+    wait_until(lambda: bench.service.gauges()["waiting_requests"] == 1)
+    closing = threading.Thread(target=bench.service.close, args=(60.0,))
+    closing.start()
+    wait_until(lambda: isinstance(bench.ask().error, ServerBusyError))
+    bench.decoder.going.set()
+    assert all(call.wait().finish_reason == "length" for call in running)
+    assert "shutting down" in str(waiting.wait().error)
+    closing.join(60)
+    assert not closing.is_alive()
+
+
+def test_closing_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+    bench = Bench()
+    bench.ask(max_tokens=3).wait()
+    bench.service.close()
+    bench.service.close()
+    wait_until(lambda: set(threading.enumerate()) <= before)
+
+
+def test_a_client_out_of_reach_gives_up_its_slot(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    class Unreachable(FakeCall):
+        def send(self, answer: Any, *, final: bool) -> None:
+            raise RuntimeError("no client")
+
+    call = Unreachable(image=b"\x00image", stream=True, max_tokens=50)
+    bench.service.accept(call)
+    wait_until(lambda: bench.service.gauges()["running_sequences"] == 0 and bench.outcomes().get("cancelled") == 1)
+    assert "a response could not be sent" in caplog.text
+
+
+def test_many_concurrent_calls_get_their_own_answers(bench: Bench) -> None:
+    expected = {i: bench.ask(text_input=b"%d" % i, max_tokens=8).wait().token_ids for i in range(6)}
+    calls = [(i % 6, bench.ask(text_input=b"%d" % (i % 6), max_tokens=8, stream=i % 2 == 0)) for i in range(36)]
+    for key, call in calls:
+        assert call.wait().token_ids == expected[key]
