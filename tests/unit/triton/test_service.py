@@ -90,10 +90,14 @@ class Bench:
         calls = []
         for count in range(1, self.decoder.max_sequences + 1):
             calls.append(self.ask(stream=True, max_tokens=50))
-            while sum(self.decoder.prefills) < count:  # the loop looks at its queue between two steps
-                self.decoder.one_step.release()
-                time.sleep(0.01)
+            self.step_until(lambda count=count: sum(self.decoder.prefills) >= count)
         return calls
+
+    def step_until(self, condition: Any) -> None:
+        """Let the loop go on step by step: between two, it looks at its queue and at who has cancelled."""
+        while not condition():
+            self.decoder.one_step.release()
+            time.sleep(0.01)
 
     def outcomes(self) -> dict[str, int]:
         return dict(self.service.metrics.take()[2])
@@ -181,6 +185,7 @@ def test_cancelling_a_running_request_frees_its_slot(bench: Bench) -> None:
     first, second = bench.fill()
     waiting = bench.ask(max_tokens=2)
     first.cancelled = True
+    bench.step_until(first.ended.is_set)
     bench.decoder.going.set()
     assert waiting.wait().finish_reason == "length"
     assert first.wait().finish_reason == "cancelled"
@@ -205,7 +210,7 @@ def test_cancelling_by_name(bench: Bench) -> None:
     bench.service.cancel("")
     bench.service.cancel("other")
     bench.service.cancel("abc")
-    bench.decoder.going.set()
+    bench.step_until(call.ended.is_set)
     assert call.wait().finish_reason == "cancelled"
 
 

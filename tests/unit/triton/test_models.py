@@ -1,0 +1,228 @@
+"""The Python models on batches, with a stand-in for the Python backend's module."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blipstream.config import ServerConfig
+from blipstream.errors import (
+    BlipstreamError,
+    EngineError,
+    InvalidImageError,
+    InvalidRequestError,
+    RequestTimeoutError,
+    ServerBusyError,
+)
+from blipstream.preprocess import ImageTransform
+from blipstream.triton.calls import Answer, TritonCall, exception_of, triton_error
+from blipstream.triton.graph import run_batch
+from blipstream.triton.preprocess import PreprocessModel
+from tests.unit.triton.fakes import Request, Response, TritonError, backend_module, make_manifest
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend_module())
+
+
+# --- run_batch -------------------------------------------------------------------------------------------------------
+
+
+def double(batch: np.ndarray) -> np.ndarray:
+    return batch * 2
+
+
+def test_each_request_gets_its_own_rows() -> None:
+    arrays = [np.full((rows, 3), rows, np.float32) for rows in (1, 3, 2)]
+    results = run_batch(double, arrays, "x")
+    for array, result in zip(arrays, results, strict=True):
+        np.testing.assert_array_equal(result, array * 2)
+
+
+def test_numbers_that_are_not_finite_fail_their_request_and_leave_the_batch() -> None:
+    batches = []
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        batches.append(len(batch))
+        return batch
+
+    arrays = [np.full((1, 3), value, np.float32) for value in (1, np.nan, 2, np.inf)]
+    results = run_batch(run, arrays, "x")
+    assert batches == [2]
+    np.testing.assert_array_equal(results[0], arrays[0])
+    np.testing.assert_array_equal(results[2], arrays[2])
+    for result in (results[1], results[3]):
+        assert isinstance(result, InvalidRequestError)
+        assert str(result) == "x must hold finite numbers, but some are NaN or infinite"
+
+
+def test_a_batch_of_faults_runs_nothing() -> None:
+    results = run_batch(lambda _: pytest.fail("nothing was to run"), [np.full((1, 2), np.nan)], "x")
+    assert isinstance(results[0], InvalidRequestError)
+
+
+def test_a_failing_engine_fails_every_sound_request() -> None:
+    def run(batch: np.ndarray) -> np.ndarray:
+        raise EngineError("broken")
+
+    results = run_batch(run, [np.ones((1, 2)), np.full((1, 2), np.nan), np.ones((1, 2))], "x")
+    assert [type(result) for result in results] == [EngineError, InvalidRequestError, EngineError]
+
+
+# --- preprocess ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def preprocess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PreprocessModel]:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # the model sets it for its process
+    for name, value in ServerConfig(max_image_pixels=10_000).to_environment().items():
+        monkeypatch.setenv(name, value)
+    make_manifest().dump(tmp_path)
+    model = PreprocessModel()
+    arguments = {"model_name": "preprocess", "model_repository": str(tmp_path / "preprocess"), "model_version": "1"}
+    with warnings.catch_warnings():
+        model.initialize(arguments)
+        yield model
+    model.finalize()
+
+
+def png(colour: str, size: tuple[int, int] = (20, 10)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def image_request(*files: bytes) -> Request:
+    return Request({"image": np.array([[file] for file in files], np.object_)})
+
+
+def test_bad_images_fail_their_own_requests_alone(preprocess: PreprocessModel) -> None:
+    files = [png("red"), b"not an image", png("blue"), png("lime")[:45], b"", png("red", (200, 200))]
+    responses = preprocess.execute([image_request(file) for file in files])
+    transform = ImageTransform(make_manifest().image)
+    for index in (0, 2):
+        pixels = responses[index].output_tensors()[0].as_numpy()
+        np.testing.assert_array_equal(pixels[0], transform.decode(files[index]))
+    faults = ("no known format", "truncated", "is empty", "40000 pixels")
+    for index, fault in zip((1, 3, 4, 5), faults, strict=True):
+        error = responses[index].error()
+        assert error.code() == TritonError.INVALID_ARG
+        assert fault in error.message()
+
+
+def test_several_images_in_one_request(preprocess: PreprocessModel) -> None:
+    (response,) = preprocess.execute([image_request(png("red"), png("blue"))])
+    pixels = response.output_tensors()[0].as_numpy()
+    assert pixels.shape == (2, 3, 8, 8)
+    assert not np.array_equal(pixels[0], pixels[1])
+    (response,) = preprocess.execute([image_request(png("red"), b"?")])
+    assert response.has_error()
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+ANSWER = Answer("a cat", "eos", 7, 3, (5, 6, 2))
+
+
+def test_a_call_is_read() -> None:
+    request = Request({"max_tokens": np.array([[3]], np.int32)}, timeout=1_500_000, parameters={"blipstream_call": "x"})
+    call = TritonCall(request)
+    assert (call.request_id, call.timeout, call.name) == ("request-7", 1.5, "x")
+    assert call.inputs()["max_tokens"].tolist() == [[3]]
+    assert TritonCall(Request({}, parameters={"timeout": 250_000})).timeout == 0.25
+    assert TritonCall(Request({}, parameters={"timeout": "soon"})).timeout == 0.0
+    assert TritonCall(Request({})).name == ""
+
+
+def test_an_answer_becomes_tensors() -> None:
+    request = Request({})
+    TritonCall(request).send(ANSWER, final=True)
+    ((response, flags),) = request.sender.sent
+    assert isinstance(response, Response)
+    assert flags == 1
+    values = {tensor.name(): tensor.as_numpy().tolist() for tensor in response.output_tensors()}
+    assert values == {
+        "text_output": [[b"a cat"]],
+        "finish_reason": [[b"eos"]],
+        "num_input_tokens": [[7]],
+        "num_output_tokens": [[3]],
+        "output_ids": [[[5, 6, 2]]],
+        "sequence_index": [[0]],
+    }
+
+
+def test_nothing_is_asked_after_the_final_response() -> None:
+    request = Request({})
+    call = TritonCall(request)
+    assert call.is_cancelled()
+    call.send(ANSWER, final=False)
+    assert call.is_cancelled()
+    call.fail(EngineError("broken"))
+    assert not call.is_cancelled()
+    assert request.questions == 2
+
+
+def test_the_final_response_waits_for_a_question_under_way() -> None:
+    request = Request({})
+    call = TritonCall(request)
+    asked, answer = threading.Event(), threading.Event()
+
+    def is_cancelled() -> bool:
+        asked.set()
+        assert answer.wait(60)
+        assert not request.sender.sent
+        return False
+
+    request.is_cancelled = is_cancelled  # type: ignore[method-assign]
+    question = threading.Thread(target=call.is_cancelled)
+    question.start()
+    asked.wait(60)
+    final = threading.Thread(target=call.send, args=(ANSWER,), kwargs={"final": True})
+    final.start()
+    answer.set()
+    question.join(60)
+    final.join(60)
+    assert len(request.sender.sent) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidRequestError("x"), TritonError.INVALID_ARG),
+        (InvalidImageError("x"), TritonError.INVALID_ARG),
+        (ServerBusyError("x"), TritonError.UNAVAILABLE),
+        (RequestTimeoutError("x"), TritonError.UNAVAILABLE),
+        (EngineError("x"), TritonError.INTERNAL),
+    ],
+)
+def test_errors_have_codes(error: BlipstreamError, code: int) -> None:
+    assert triton_error(error).code() == code
+    assert triton_error(error).message() == "x"
+
+
+def test_an_unforeseen_error_says_so() -> None:
+    assert triton_error(KeyError("x")).message() == "an internal error occurred: KeyError('x')"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (TritonError.INVALID_ARG, InvalidRequestError),
+        (TritonError.UNAVAILABLE, ServerBusyError),
+        (TritonError.INTERNAL, EngineError),
+    ],
+)
+def test_errors_of_other_models_keep_their_meaning(code: int, kind: type[Any]) -> None:
+    error = exception_of(TritonError("why", code))
+    assert type(error) is kind
+    assert str(error) == "why"
