@@ -9,6 +9,7 @@ and frequency penalties, which it lacks, follow TensorRT-LLM and count generated
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -111,16 +112,15 @@ class TokenChooser:
         return scores
 
     def _pick(self, logits: Scores) -> int:
-        with np.errstate(over="ignore", invalid="ignore"):  # an extreme penalty may overflow; the result is checked
-            scores = self.adjusted(logits)
-            best = int(scores.argmax())
-            if not np.isfinite(scores[best]):
-                raise InvalidRequestError("the penalties, bad_words and min_tokens leave no token that can be chosen")
-            if self._rng is None:
-                return best
-            ids, probs = sampling_distribution(scores, self._params)
+        scores = self.adjusted(logits)
+        best = int(scores.argmax())
+        if not math.isfinite(scores[best]):
+            raise InvalidRequestError("the penalties, bad_words and min_tokens leave no token that can be chosen")
+        if self._rng is None:
+            return best
+        ids, probs = sampling_distribution(scores, self._params)
         cumulative = probs.cumsum(dtype=np.float64)
-        return int(ids[np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")])
+        return int(ids[cumulative.searchsorted(self._rng.random() * cumulative[-1], side="right")])
 
 
 def choose_tokens(logits: Scores, choosers: Sequence[TokenChooser]) -> list[Choice | BlipstreamError]:
@@ -129,16 +129,16 @@ def choose_tokens(logits: Scores, choosers: Sequence[TokenChooser]) -> list[Choi
     A row with NaN or infinite logits, or one whose request leaves no token to choose, yields its error in place of a
     choice; the other rows are not affected.
     """
-    argmax = logits.argmax(axis=1)  # the first of equal logits, as torch does
+    argmax: list[int] = logits.argmax(axis=1).tolist()  # the first of equal logits, as torch does
     choices: list[Choice | BlipstreamError] = []
-    for row, (chooser, finite) in enumerate(zip(choosers, _finite_rows(logits), strict=True)):
-        if not finite:
-            choices.append(EngineError("the language model computed logits that are not finite numbers"))
-            continue
-        try:
-            choices.append(chooser.choose(logits[row], int(argmax[row])))
-        except InvalidRequestError as error:
-            choices.append(error)
+    with np.errstate(over="ignore", invalid="ignore"):  # an extreme penalty may overflow; what comes of it is checked
+        for chooser, row, best, finite in zip(choosers, logits, argmax, _finite_rows(logits), strict=True):
+            try:
+                if not finite:
+                    raise EngineError("the language model computed logits that are not finite numbers")
+                choices.append(chooser.choose(row, best))
+            except BlipstreamError as error:
+                choices.append(error)
     return choices
 
 
@@ -200,9 +200,8 @@ def _log_prob(logits: Scores, token: int) -> float:
 def _finite_rows(logits: Scores) -> list[bool]:
     """Whether each row (V,) of the logits (B, V) holds finite numbers alone.
 
-    A sum is finite only if its terms are, and far cheaper than testing each; finite terms may overflow, so a sum that
-    is not finite is looked into.
+    A sum is finite only if its terms are, and cheaper than testing each; finite terms may overflow, so where the sum is
+    not finite they are looked into.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        sums = logits.sum(axis=1)
-    return [bool(np.isfinite(total) or np.isfinite(row).all()) for total, row in zip(sums, logits, strict=True)]
+    sums: list[float] = logits.sum(axis=1).tolist()
+    return [math.isfinite(total) or bool(np.isfinite(row).all()) for total, row in zip(sums, logits, strict=True)]

@@ -660,6 +660,7 @@ def test_a_fault_of_the_loop_fails_everybody_and_the_loop_goes_on(threaded, capl
         loop.submit(client.request)
     assert clients[0].last.wait(60)
     assert isinstance(clients[0].error, EngineError)
+    assert str(clients[0].error).startswith("the decode loop failed: ValueError(")
     assert clients[1].last.wait(60)
     decoder.wrong = False
     good = Waiter(make_prompt(5), SamplingParams(max_tokens=4))

@@ -190,6 +190,7 @@ def test_a_stop_string_in_what_the_end_releases():
     st.lists(st.text("ab#é", min_size=1, max_size=4), min_size=1, max_size=3),
     st.lists(st.integers(1, 5), min_size=20, max_size=20),
 )
+@example("#abaé", ["b", "aba"], [5] * 20)
 def test_the_text_does_not_depend_on_its_cut_into_tokens(text, stop, sizes):
     """Text in pieces of any sizes is cut where text in single characters is: before the first complete stop string."""
     expected = text

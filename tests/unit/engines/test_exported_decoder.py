@@ -1,0 +1,131 @@
+"""Exported graphs behind the decode loop, token for token against ``generate`` of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blipstream_export.build import BuildOptions, build
+
+from blipstream.contract import (
+    BLIP2,
+    DECODER_FILE,
+    GRAPH_FILE,
+    MODEL_VERSION,
+    PIXEL_VALUES,
+    QFORMER,
+    SOFT_TOKENS,
+    TOKENIZER_FILE,
+    VISION_ENCODER,
+    Manifest,
+)
+from blipstream.decoding.loop import DecodeLoop, LoopConfig
+from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, SamplingParams
+from blipstream.decoding.text import Tokenizer
+from blipstream.engines import CachedDecoder, create_engine
+from tests.checkpoints import PROMPTS, make_images, save_blip2_opt
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.slow
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "projected": {"word_embed_proj_dim": 30, "num_hidden_layers": 3, "do_layer_norm_before": False},
+    "odd": {"hidden_size": 35, "num_attention_heads": 5, "num_hidden_layers": 1, "word_embed_proj_dim": 35},
+}
+
+
+class Served:
+    """A checkpoint in transformers, and its bundle's decoder behind a loop."""
+
+    def __init__(self, folder: Path, opt: dict[str, Any]) -> None:
+        checkpoint = save_blip2_opt(folder / "checkpoint", opt=opt, seed=3)
+        bundle = build(str(checkpoint), folder / "bundle", BuildOptions(max_sequences=3, max_tokens=64)).bundle
+        self.model = transformers.Blip2ForConditionalGeneration.from_pretrained(checkpoint).eval()
+        self.processor = transformers.Blip2Processor.from_pretrained(checkpoint)
+        self.manifest = Manifest.load(bundle)
+        version = bundle / BLIP2 / MODEL_VERSION
+        self.tokenizer = Tokenizer.load(version / TOKENIZER_FILE)
+        engine = create_engine(self.manifest.engine, version / DECODER_FILE, threads=1)
+        self.decoder = CachedDecoder(engine, self.manifest.decoder)
+        self.pixels = self.processor.image_processor(make_images(4), return_tensors="pt")["pixel_values"]
+        features = {PIXEL_VALUES.name: self.pixels.numpy()}
+        for model in (VISION_ENCODER, QFORMER):
+            with create_engine(self.manifest.engine, bundle / model / MODEL_VERSION / GRAPH_FILE, threads=1) as stage:
+                features = stage.run(features)
+        self.soft_tokens = features[SOFT_TOKENS.name]  # (images, Q, D)
+
+    def expected(self, image: int, prompt: str, **options: Any) -> list[int]:
+        """New tokens of ``generate``; an empty prompt is left to its own default."""
+        text = {"input_ids": self.input_ids(prompt)} if prompt else {}
+        with torch.no_grad():
+            tokens = self.model.generate(self.pixels[image : image + 1], **text, **options)[0]
+        prompt_length = self.manifest.qformer.num_query_tokens + len(self.prompt_ids(prompt))
+        return tokens[prompt_length:].tolist()
+
+    def input_ids(self, prompt: str) -> Any:
+        image_token_id = self.manifest.generation.image_token_id
+        placeholders = [image_token_id] * self.manifest.qformer.num_query_tokens
+        return torch.tensor([[*placeholders, *self.prompt_ids(prompt)]])
+
+    def prompt_ids(self, prompt: str) -> tuple[int, ...]:
+        return self.tokenizer.encode(prompt) if prompt else (self.manifest.generation.bos_token_id,)
+
+    def serve(self, cases: list[tuple[int, str, SamplingParams]]) -> list[tuple[list[int], str]]:
+        """Tokens and text of each case, all of them submitted at once to three slots."""
+        loop = DecodeLoop(
+            self.decoder,
+            self.tokenizer,
+            eos_token_ids=self.manifest.generation.eos_token_ids,
+            image_token_id=self.manifest.generation.image_token_id,
+            config=LoopConfig(prefill_budget=40),
+        )
+        answers: list[list[Chunk]] = [[] for _ in cases]
+        for (image, prompt, params), chunks in zip(cases, answers, strict=True):
+            prompt_tokens = Prompt(self.soft_tokens[image], self.prompt_ids(prompt))
+            loop.submit(GenerationRequest("", prompt_tokens, params, chunks.append))
+        while loop.step():
+            loop.check_integrity()
+        assert all(chunks[-1].error is None for chunks in answers)
+        return [
+            ([token for chunk in chunks for token in chunk.token_ids], "".join(chunk.text for chunk in chunks))
+            for chunks in answers
+        ]
+
+
+@pytest.fixture(scope="module", params=list(VARIANTS))
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return Served(tmp_path_factory.mktemp(request.param), VARIANTS[request.param])
+
+
+@pytest.mark.parametrize(
+    ("params", "options"),
+    [
+        ({}, {}),
+        ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+        ({"min_tokens": 12}, {"min_new_tokens": 12}),
+        ({"bad_words": ("a", "cat", "the")}, {"bad_words_ids": "a cat the"}),
+    ],
+)
+def test_greedy_tokens_and_text_are_those_of_generate(served, params, options):
+    if "bad_words_ids" in options:
+        words = served.tokenizer.word_sequences(options["bad_words_ids"].split())
+        options = {"bad_words_ids": [list(word) for word in words]}
+    questions = [(image, prompt) for image in range(4) for prompt in PROMPTS]
+    cases = [(*question, SamplingParams(max_tokens=20, **params)) for question in questions]
+    expected = [served.expected(*question, max_new_tokens=20, do_sample=False, **options) for question in questions]
+    assert len({tuple(tokens) for tokens in expected}) > len(questions) // 2  # the model says different things
+    found = served.serve(cases)
+    assert [tokens for tokens, _ in found] == expected
+    assert [text for _, text in found] == served.processor.batch_decode(expected, skip_special_tokens=True)
+
+
+def test_samples_do_not_depend_on_their_neighbours(served):
+    params = SamplingParams(max_tokens=20, temperature=1.1, top_p=0.95, top_k=40, seed=7)
+    alone = served.serve([(1, PROMPTS[2], params)])
+    crowd = [(image, prompt, SamplingParams(max_tokens=5 + image)) for image in range(4) for prompt in PROMPTS]
+    together = served.serve([*crowd[:5], (1, PROMPTS[2], params), *crowd[5:]])
+    assert together[5] == alone[0]
