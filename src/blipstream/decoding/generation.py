@@ -54,6 +54,8 @@ class Generation:
         _check_prompt(request.prompt, limits)
         self.request = request
         self.arrived_at = request.arrived_at or clock()
+        self.num_prompt_tokens = request.prompt.num_tokens
+        """Soft tokens + prompt."""
         self.chooser = _token_chooser(request, tokenizer, limits)
         self.token_ids: list[int] = []
         """Tokens generated so far."""
@@ -62,15 +64,10 @@ class Generation:
         self.ended = False
         """Whether its last chunk is out."""
         self._text = TextStream(tokenizer, request.params.stop)
-        self._max_new_tokens = min(request.params.max_tokens, limits.max_tokens - request.prompt.num_tokens)
+        self._max_new_tokens = min(request.params.max_tokens, limits.max_tokens - self.num_prompt_tokens)
         self._eos_token_ids = limits.eos_token_ids
         self._observer = observer
         self._clock = clock
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Soft tokens + prompt."""
-        return self.request.prompt.num_tokens
 
     @property
     def num_cached_tokens(self) -> int:
