@@ -51,7 +51,7 @@ class Generator:
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         inputs = self._processor(images=list(images), text=list(prompts), padding=True, return_tensors="pt")
-        tokens = self._model.generate(**inputs, do_sample=False)
+        tokens = self._model.generate(**inputs, do_sample=False, max_new_tokens=32)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
 

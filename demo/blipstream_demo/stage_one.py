@@ -19,7 +19,7 @@ from . import data, qformer, scenes
 from .text import DECODE_TOKEN
 from .training import Recipe, Run
 
-RECIPE = Recipe("stage_one", steps=1000, batch=80, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
+RECIPE = Recipe("stage_one", steps=600, batch=80, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
 _MATCHED = 32  # images of a batch that ITM takes, each with a negative text, each text with a negative image
 _EASY, _HARD = 0.15, 0.5  # negatives are random up to _EASY of the steps, and by likeness alone from _HARD on
 

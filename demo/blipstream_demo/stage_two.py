@@ -18,7 +18,7 @@ from .language import score, text_loss
 from .text import Packed, Packer, Text, scene_texts
 from .training import Ahead, Recipe, Run
 
-RECIPE = Recipe("stage_two", steps=1700, batch=64, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
+RECIPE = Recipe("stage_two", steps=900, batch=64, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
 _TEXTS = 5  # of an image in a step
 
 
@@ -32,10 +32,15 @@ class StageTwo(nn.Module):
         model.language_model.requires_grad_(False)
 
     def start_from(self, stage_one: Blip2ForImageTextRetrieval) -> None:
-        """Take over the Q-Former and the query tokens; the text side of the first stage has no place here."""
+        """Take over the Q-Former and the query tokens (the text side of the first stage has no place here), and draw a
+        projection whose soft tokens are about as large as the language model's word embeddings."""
         self.model.qformer.load_state_dict(stage_one.qformer.state_dict(), strict=False)
         with torch.no_grad():
             self.model.query_tokens.copy_(stage_one.query_tokens)
+            projection = self.model.language_projection
+            spread = float(self.model.language_model.get_input_embeddings().weight.std())
+            nn.init.normal_(projection.weight, std=spread * projection.in_features**-0.5)
+            nn.init.zeros_(projection.bias)
 
     def soft_tokens(self, image: torch.Tensor) -> torch.Tensor:
         """Image features (B, P, D) -> soft tokens (B, Q, E) of the language model."""

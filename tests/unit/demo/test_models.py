@@ -41,9 +41,9 @@ def one(wordpiece):
 def two(opt_tokenizer, one):
     torch.manual_seed(0)
     model = checkpoint.generation_model(vision.config(), language.config(opt_tokenizer), opt_tokenizer, QUERIES)
-    torch.nn.init.normal_(model.language_projection.weight, std=0.1)
     stage = stage_two.StageTwo(model.eval())
     stage.start_from(one.model)
+    torch.nn.init.normal_(model.language_projection.weight, std=0.1)  # so that the image matters
     return stage
 
 
@@ -147,7 +147,8 @@ def test_the_checkpoints_load_and_share_the_vision_encoder(tmp_path, one, two, o
     processor = Blip2Processor.from_pretrained(tmp_path / "checkpoint")
     inputs = processor(images=scenes.render(shown[0]), text="", return_tensors="pt")
     assert inputs["input_ids"].tolist() == [[generation.config.image_token_index] * QUERIES + [2]]
-    assert generation.generate(**inputs).shape[1] <= QUERIES + 1 + 32
+    assert generation.generate(**inputs, max_new_tokens=3).shape[1] <= QUERIES + 1 + 3
+    assert generation.generation_config.max_new_tokens == 32
 
 
 def test_preprocessing_is_the_processors(shown):
