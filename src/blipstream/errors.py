@@ -15,6 +15,9 @@
     ├── EngineError                an inference engine failed
     ├── ServerStartError           tritonserver could not be started, or did not become ready
     └── ClientError                what a client sees: the server refused, failed or is out of reach
+        ├── RequestRefusedError    the server found the request invalid (an InvalidRequestError as well)
+        ├── ServerUnavailableError the server is out of reach, not ready or too busy
+        └── DeadlineExceededError  no complete answer within the client's timeout
 
 Every message is one sentence that names what was given and what was expected.
 """
@@ -72,3 +75,15 @@ class ServerStartError(BlipstreamError):
 
 class ClientError(BlipstreamError):
     """The server refused or failed a request, or could not be reached."""
+
+
+class RequestRefusedError(ClientError, InvalidRequestError):
+    """The server found the request invalid; sending it again cannot succeed."""
+
+
+class ServerUnavailableError(ClientError):
+    """The server is out of reach, not ready or too busy; the transport's retries are used up."""
+
+
+class DeadlineExceededError(ClientError, TimeoutError):
+    """The client's timeout passed before the answer was complete; the server was told to stop."""

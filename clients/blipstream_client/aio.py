@@ -1,0 +1,168 @@
+"""The asynchronous client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2
+
+from blipstream.contract import BLIP2
+from blipstream_client import core, transport
+from blipstream_client.answers import Generation, TextChunk
+from blipstream_client.images import ImageSource, image_bytes
+from blipstream_client.options import QUESTION_TEMPLATE, DecodingOptions, check_names, question_prompt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+
+class AsyncTextStream(AsyncIterator[TextChunk]):
+    """The chunks of one text, as the server generates them; the last one carries the finish reason.
+
+    The request is sent when the first chunk is asked for. Leaving the stream early (:meth:`aclose`, the end of an
+    ``async with`` block, dropping the last reference, cancelling the task that waits for a chunk) cancels the request
+    on the server. ``anext`` raises a :class:`~blipstream.errors.ClientError` when the request fails.
+    """
+
+    def __init__(self, start: Callable[[], Awaitable[Any]], url: str, timeout: float | None) -> None:
+        self._start = start
+        self._call: Any = None
+        self._url = url
+        self._timeout = timeout
+        self._complete = False
+        self._closed = False
+
+    async def __anext__(self) -> TextChunk:
+        if self._closed:
+            raise StopAsyncIteration
+        if self._call is None:
+            self._call = await self._start()
+        try:
+            response = await self._call.read()
+        except grpc.RpcError as error:
+            raise core.client_error(error, self._url, self._timeout) from error
+        if response is grpc.aio.EOF:
+            if not self._complete:
+                raise core.incomplete(self._url)
+            raise StopAsyncIteration
+        chunk = core.decode_response(response, self._url)
+        self._complete = self._complete or chunk.is_last
+        return chunk
+
+    async def aclose(self) -> None:
+        """End the request; the server stops generating. Does nothing once the text is complete."""
+        self._closed = True
+        if self._call is not None:
+            self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class AsyncClient:
+    """Sends images and prompts to a Blipstream server; for the tasks of one event loop, any number of them.
+
+    Raises what :class:`blipstream_client.Client` raises.
+    """
+
+    def __init__(
+        self,
+        url: str = transport.DEFAULT_URL,
+        *,
+        model: str = BLIP2,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Connect to ``url``, HOST:PORT of the server's gRPC endpoint (the connection is made with the first request).
+
+        ``timeout`` in seconds holds for every request that does not have its own; ``credentials`` turn on TLS.
+        """
+        self.url = transport.check_url(url)
+        self._model = model
+        self._timeout = timeout
+        self._credentials = credentials
+        self._channel: Any = None
+        self._closed = False
+
+    async def generate(
+        self, image: ImageSource, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+    ) -> Generation:
+        """Generate the text that follows an image and a prompt; an empty prompt asks for a caption."""
+        async with self._stream(image, prompt, dict(options), timeout, stream=False) as chunks:
+            return Generation.join([chunk async for chunk in chunks])
+
+    def stream(
+        self, image: ImageSource, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+    ) -> AsyncTextStream:
+        """Generate as :meth:`generate` does, and return the text piece by piece as it comes."""
+        return self._stream(image, prompt, dict(options), timeout, stream=True)
+
+    async def caption(
+        self, image: ImageSource, *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+    ) -> Generation:
+        """Describe an image."""
+        return await self.generate(image, timeout=timeout, **options)
+
+    async def ask(
+        self,
+        image: ImageSource,
+        question: str,
+        *,
+        template: str = QUESTION_TEMPLATE,
+        timeout: float | None = None,
+        **options: Unpack[DecodingOptions],
+    ) -> Generation:
+        """Answer a question about an image; ``template="{}"`` sends the question as it is."""
+        return await self.generate(image, question_prompt(question, template), timeout=timeout, **options)
+
+    async def aclose(self) -> None:
+        """Close the connection; requests that are running are cancelled."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def _stream(
+        self, image: ImageSource, prompt: str, options: dict[str, object], timeout: float | None, *, stream: bool
+    ) -> AsyncTextStream:
+        check_names(options)
+        timeout = self._timeout if timeout is None else timeout
+
+        async def start() -> Any:
+            # reading a file, or compressing a Pillow image, would hold up the event loop
+            data = image if isinstance(image, bytes) and image else await asyncio.to_thread(image_bytes, image)
+            request = core.encode_request(self._model, data, prompt, options, stream=stream)
+            return self._method()(request, timeout=timeout)
+
+        return AsyncTextStream(start, self.url, timeout)
+
+    def _method(self) -> Any:
+        if self._closed:
+            raise core.closed(self.url)
+        if self._channel is None:  # made here, because a channel belongs to the event loop that is running
+            if self._credentials is None:
+                self._channel = grpc.aio.insecure_channel(self.url, options=transport.CHANNEL_OPTIONS)
+            else:
+                self._channel = grpc.aio.secure_channel(self.url, self._credentials, options=transport.CHANNEL_OPTIONS)
+        return self._channel.unary_stream(
+            transport.METHOD,
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )

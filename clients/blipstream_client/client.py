@@ -1,0 +1,147 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from blipstream.contract import BLIP2
+from blipstream_client import core, transport
+from blipstream_client.answers import Generation, TextChunk
+from blipstream_client.images import ImageSource, image_bytes
+from blipstream_client.options import QUESTION_TEMPLATE, DecodingOptions, question_prompt
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+
+class TextStream(Iterator[TextChunk]):
+    """The chunks of one text, as the server generates them; the last one carries the finish reason.
+
+    Leaving it early (:meth:`close`, the end of a ``with`` block, dropping the last reference) cancels the request on
+    the server. ``next`` raises a :class:`~blipstream.errors.ClientError` when the request fails.
+    """
+
+    def __init__(self, call: Any, url: str, timeout: float | None) -> None:
+        self._call = call
+        self._url = url
+        self._timeout = timeout
+        self._complete = False
+
+    def __next__(self) -> TextChunk:
+        try:
+            response = next(self._call)
+        except StopIteration:
+            if not self._complete:
+                raise core.incomplete(self._url) from None
+            raise
+        except grpc.RpcError as error:
+            raise core.client_error(error, self._url, self._timeout) from error
+        chunk = core.decode_response(response, self._url)
+        self._complete = self._complete or chunk.is_last
+        return chunk
+
+    def close(self) -> None:
+        """End the request; the server stops generating. Does nothing once the text is complete."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Client:
+    """Sends images and prompts to a Blipstream server; may be shared by any number of threads.
+
+    Every method raises :class:`~blipstream.errors.InvalidRequestError` for what is wrong with the request (its
+    subclass ``RequestRefusedError`` when the server found out), ``ServerUnavailableError`` when the server is out of
+    reach or too busy, ``DeadlineExceededError`` after ``timeout`` seconds, and their base ``ClientError`` for any other
+    failure of the server; ``TypeError`` for an option that does not exist.
+    """
+
+    def __init__(
+        self,
+        url: str = transport.DEFAULT_URL,
+        *,
+        model: str = BLIP2,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Connect to ``url``, HOST:PORT of the server's gRPC endpoint (the connection is made with the first request).
+
+        ``timeout`` in seconds holds for every request that does not have its own; ``credentials`` turn on TLS.
+        """
+        self.url = transport.check_url(url)
+        self._model = model
+        self._timeout = timeout
+        if credentials is None:
+            self._channel = grpc.insecure_channel(url, options=transport.CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(url, credentials, options=transport.CHANNEL_OPTIONS)
+        self._call = self._channel.unary_stream(
+            transport.METHOD,
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+        )
+
+    def generate(
+        self, image: ImageSource, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+    ) -> Generation:
+        """Generate the text that follows an image and a prompt; an empty prompt asks for a caption."""
+        with self._start(image, prompt, dict(options), timeout, stream=False) as chunks:
+            return Generation.join(list(chunks))
+
+    def stream(
+        self, image: ImageSource, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+    ) -> TextStream:
+        """Generate as :meth:`generate` does, and return the text piece by piece as it comes."""
+        return self._start(image, prompt, dict(options), timeout, stream=True)
+
+    def caption(
+        self, image: ImageSource, *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+    ) -> Generation:
+        """Describe an image."""
+        return self.generate(image, timeout=timeout, **options)
+
+    def ask(
+        self,
+        image: ImageSource,
+        question: str,
+        *,
+        template: str = QUESTION_TEMPLATE,
+        timeout: float | None = None,
+        **options: Unpack[DecodingOptions],
+    ) -> Generation:
+        """Answer a question about an image; ``template="{}"`` sends the question as it is."""
+        return self.generate(image, question_prompt(question, template), timeout=timeout, **options)
+
+    def close(self) -> None:
+        """Close the connection; requests that are running are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(
+        self, image: ImageSource, prompt: str, options: dict[str, object], timeout: float | None, *, stream: bool
+    ) -> TextStream:
+        request = core.encode_request(self._model, image_bytes(image), prompt, options, stream=stream)
+        timeout = self._timeout if timeout is None else timeout
+        try:
+            call = self._call(request, timeout=timeout)
+        except ValueError as error:  # grpcio's way of saying that the channel was closed
+            raise core.closed(self.url) from error
+        return TextStream(call, self.url, timeout)

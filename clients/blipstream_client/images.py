@@ -1,0 +1,76 @@
+"""An image as the caller has it, as the bytes of an encoded file."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+
+from blipstream.errors import InvalidImageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image"
+"""A path, the bytes of an encoded image (JPEG, PNG, WebP, ...), a file opened in binary mode, or a Pillow image."""
+
+_PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"})
+"""Pillow's pixel modes that PNG keeps as they are."""
+
+
+def image_bytes(image: ImageSource) -> bytes:
+    """The bytes of an encoded image file. What they hold is for the server to judge.
+
+    A Pillow image is sent as PNG, so no pixel changes; its EXIF orientation goes with it.
+
+    Raises:
+        InvalidImageError: a file that cannot be read, a file in text mode, or an image without bytes.
+        TypeError: none of the kinds in :data:`ImageSource`.
+    """
+    data = _read(image)
+    if not data:
+        name = f"{os.fspath(image)!r} " if isinstance(image, str | os.PathLike) else ""
+        raise InvalidImageError(f"the image {name}is empty: it must be an encoded image file")
+    return data
+
+
+def _read(image: ImageSource) -> bytes:
+    if isinstance(image, str | os.PathLike):
+        try:
+            return Path(image).read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InvalidImageError(f"the image {os.fspath(image)!r} cannot be read: {reason}") from None
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if _is_pillow(image):
+        return _encode_png(image)  # type: ignore[arg-type]
+    if hasattr(image, "read"):
+        data = image.read()
+        if not isinstance(data, bytes):
+            raise InvalidImageError(
+                f"an image file must be opened in binary mode, but reading it gave {type(data).__name__}"
+            )
+        return data
+    raise TypeError(
+        "an image must be a path, bytes, a file opened in binary mode or a Pillow image, "
+        f"but it is of the type {type(image).__name__}"
+    )
+
+
+def _is_pillow(image: object) -> bool:
+    """Whether it is a Pillow image; Pillow is not imported, because such an image cannot exist without it."""
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(image, module.Image)
+
+
+def _encode_png(image: Image) -> bytes:
+    exif = image.getexif()
+    if image.mode not in _PNG_MODES:
+        transparent = not {"A", "a"}.isdisjoint(image.getbands())
+        image = image.convert("RGBA" if transparent else "RGB")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1, exif=exif)
+    return buffer.getvalue()
