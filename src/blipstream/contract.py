@@ -121,6 +121,10 @@ BLIP2_OUTPUTS = (
 """Outputs of ``blip2``. While a stream runs, ``finish_reason`` is an empty string and the counts are those so far.
 ``output_ids`` holds the tokens since the last response, the end token included."""
 
+ERROR_CODES = ("INVALID_ARGUMENT", "UNAVAILABLE", "INTERNAL")
+"""Why ``blip2`` fails a request, by gRPC's names. Such a name and ": " begin the message of each of its errors, because
+a response stream of Triton carries an error's message without its code."""
+
 BLIP2_SPEC = ModelSpec(BLIP2, BLIP2_INPUTS, BLIP2_OUTPUTS)
 BLIP2_UNARY_SPEC = ModelSpec(BLIP2_UNARY, BLIP2_INPUTS, BLIP2_OUTPUTS)
 

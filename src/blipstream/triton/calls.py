@@ -127,10 +127,11 @@ class TritonCall:
         self.respond(pb_utils.InferenceResponse(output_tensors=tensors), final=final)
 
     def fail(self, error: BlipstreamError) -> None:
-        """Send an error as the final response."""
+        """Send an error as the final response; its message begins with one of ``ERROR_CODES``."""
         import triton_python_backend_utils as pb_utils
 
-        self.respond(pb_utils.InferenceResponse(output_tensors=[], error=triton_error(error)), final=True)
+        coded = pb_utils.TritonError(f"{code_of(error)}: {message_of(error)}", _triton_code(error))
+        self.respond(pb_utils.InferenceResponse(output_tensors=[], error=coded), final=True)
 
     def respond(self, response: Any, *, final: bool) -> None:
         """Send a response of the Python backend; None ends the call without one."""
@@ -145,17 +146,32 @@ class TritonCall:
             self._sender.send(*arguments, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
+def code_of(error: BaseException) -> str:
+    """The one of :data:`~blipstream.contract.ERROR_CODES` for an exception."""
+    if isinstance(error, InvalidRequestError):
+        return "INVALID_ARGUMENT"
+    if isinstance(error, (ServerBusyError, RequestTimeoutError)):
+        return "UNAVAILABLE"
+    return "INTERNAL"
+
+
+def message_of(error: BaseException) -> str:
+    """What a client may read of an exception."""
+    return str(error) if isinstance(error, BlipstreamError) else f"an internal error occurred: {error!r}"
+
+
 def triton_error(error: BaseException) -> Any:
     """The error of the Python backend that a client sees for an exception."""
     import triton_python_backend_utils as pb_utils
 
-    code = pb_utils.TritonError.INTERNAL
-    if isinstance(error, InvalidRequestError):
-        code = pb_utils.TritonError.INVALID_ARG
-    elif isinstance(error, (ServerBusyError, RequestTimeoutError)):
-        code = pb_utils.TritonError.UNAVAILABLE
-    message = str(error) if isinstance(error, BlipstreamError) else f"an internal error occurred: {error!r}"
-    return pb_utils.TritonError(message, code)
+    return pb_utils.TritonError(message_of(error), _triton_code(error))
+
+
+def _triton_code(error: BaseException) -> Any:
+    import triton_python_backend_utils as pb_utils
+
+    codes = {"INVALID_ARGUMENT": pb_utils.TritonError.INVALID_ARG, "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE}
+    return codes.get(code_of(error), pb_utils.TritonError.INTERNAL)
 
 
 def run_model(model: str, inputs: Mapping[str, Array], output: str) -> Array:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from blipstream.config import ServerConfig
+from blipstream.contract import ERROR_CODES
 from blipstream.errors import (
     BlipstreamError,
     EngineError,
@@ -208,6 +209,22 @@ def test_the_final_response_waits_for_a_question_under_way() -> None:
 def test_errors_have_codes(error: BlipstreamError, code: int) -> None:
     assert triton_error(error).code() == code
     assert triton_error(error).message() == "x"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InvalidRequestError("x"), "INVALID_ARGUMENT: x"),
+        (ServerBusyError("x"), "UNAVAILABLE: x"),
+        (EngineError("x"), "INTERNAL: x"),
+    ],
+)
+def test_the_message_of_a_failed_request_begins_with_its_code(error: BlipstreamError, message: str) -> None:
+    request = Request({})
+    TritonCall(request).fail(error)
+    ((response, _),) = request.sender.sent
+    assert response.error().message() == message
+    assert message.partition(": ")[0] in ERROR_CODES
 
 
 def test_an_unforeseen_error_says_so() -> None:
