@@ -163,10 +163,11 @@ def test_top_p_on_a_large_vocabulary(processors, scale):
 
 
 @pytest.mark.usefixtures("stable_sort")
-@pytest.mark.parametrize("p", [1e-9, 0.3])
-def test_top_p_of_equals(processors, p):
-    scores = np.zeros(VOCAB_SIZE, np.float32)
-    ids, _ = keep_top_p(np.arange(VOCAB_SIZE), scores, p)
+@pytest.mark.parametrize(("vocab_size", "p"), [(VOCAB_SIZE, 1e-9), (VOCAB_SIZE, 0.3), (4, 0.5), (8, 0.25)])
+def test_top_p_of_equals(processors, vocab_size, p):
+    """Among them sums that meet the boundary exactly."""
+    scores = np.zeros(vocab_size, np.float32)
+    ids, _ = keep_top_p(np.arange(vocab_size), scores, p)
     assert ids.tolist() == kept(processors.TopPLogitsWarper(p), scores)
 
 
