@@ -92,6 +92,6 @@ def accuracy(
     right: dict[str, list[bool]] = defaultdict(list)
     for first in range(0, len(features), 50):
         texts = [scene_texts(scenes.scene(split, first + i), 0, rng) for i in range(len(features[first : first + 50]))]
-        prefix = stage.soft_tokens(torch.from_numpy(features[first : first + 50]).float())
+        prefix = stage.soft_tokens(torch.from_numpy(features[first : first + 50].astype(np.float32)))
         score(stage.model.language_model, packer, texts, prefix, right)
     return {kind: float(np.mean(values)) for kind, values in sorted(right.items())}

@@ -34,7 +34,7 @@ def config(layers: int = 4, patch: int = 12) -> Blip2VisionConfig:
 
 def pixel_values(images: np.ndarray) -> torch.Tensor:
     """uint8 (B, H, W, 3) -> normalised (B, 3, H, W) fp32, as BlipImageProcessor does without resizing."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32)).div_(255)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return pixels.sub_(mean).div_(std)
 
