@@ -1,17 +1,36 @@
-"""Command line: ``blipstream build | serve | caption | ask | chat``."""
+"""Command line: ``blipstream build | serve | caption | ask | chat``.
+
+Importing it imports none of the packages that the commands need; each command brings its own when it runs.
+"""
 
 from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from blipstream_export.cli import build
 
+from blipstream.commands.ask import ask
+from blipstream.commands.caption import caption
+from blipstream.commands.chat import chat
 from blipstream.commands.serve import serve
 
 app = typer.Typer(name="blipstream", no_args_is_help=True)
-app.command()(build)
-app.command()(serve)
+for command in (build, serve, caption, ask, chat):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"blipstream {version('blipstream')}")
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
-    """Serve BLIP-2 checkpoints on NVIDIA Triton."""
+def main(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Serve BLIP-2 checkpoints on NVIDIA Triton, and talk to the server."""

@@ -1,0 +1,236 @@
+"""What ``caption``, ``ask`` and ``chat`` share: their options, the way text and errors are shown, the exit status.
+
+Importing it is cheap, and works without the client extra: the client comes with the command's run.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+
+from blipstream.errors import BlipstreamError
+
+if TYPE_CHECKING:
+    from blipstream_client import Client, Generation, TextChunk
+
+STDIN = "-"
+"""File name by which an image is read from standard input."""
+
+_EXTRA = ("grpc", "tritonclient", "google")
+_NOT_DECODING = frozenset({"url", "json_lines", "timeout"})
+
+ImageFile = Annotated[str, typer.Argument(metavar="FILE", help="An image file; - reads it from standard input.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="What a question is put into, in place of {}; '{}' alone sends it as it is.",
+        show_default="Question: {} Answer:",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """The options that the commands have in common; None leaves a choice to the checkpoint or the client."""
+
+    url: Annotated[
+        str | None,
+        typer.Option(
+            envvar="BLIPSTREAM_URL",
+            metavar="HOST:PORT",
+            help="The server's gRPC endpoint.",
+            show_default="localhost:8001",
+        ),
+    ] = None
+    json_lines: Annotated[bool, typer.Option("--json", help="Write one JSON object a line for each answer.")] = False
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that an answer may take.")] = None
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens to generate at most.")] = None
+    min_tokens: Annotated[int | None, typer.Option(help="Tokens to generate before the text may end.")] = None
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy.")] = None
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens; 0 keeps all.")] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens whose probability reaches p.")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1, makes tokens already seen less likely.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of the samples.")] = None
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text; may be repeated.")] = None
+
+    def decoding(self) -> dict[str, Any]:
+        """The decoding options that were given, by the client's names."""
+        return {
+            name: value for name, value in asdict(self).items() if name not in _NOT_DECODING and value not in (None, [])
+        }
+
+
+def with_request_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, in place of its last parameter ``options``, the options of :class:`RequestOptions`."""
+    hints = get_type_hints(RequestOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(RequestOptions)
+    ]
+    own = [
+        parameter
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.name != "options"
+    ]
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        options = RequestOptions(**{name: arguments.pop(name) for name in hints})
+        command(**arguments, options=options)
+
+    parameters = [*own, *shared]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+class Session:
+    """A client, and the terminal or pipe that its answers go to; remembers whether anything failed."""
+
+    def __init__(self, command: str, client: Client, options: RequestOptions) -> None:
+        self.client = client
+        self.any_failed = False
+        self._command = command
+        self._json = options.json_lines
+        self._decoding = options.decoding()
+        self._out = Console()
+
+    def generate(self, image: str | bytes, prompt: str) -> Answer:
+        """Generate a whole text without showing it; may be called by several threads at once."""
+        started = time.perf_counter()
+        generation = self.client.generate(image, prompt, **self._decoding)
+        return Answer(generation, time.perf_counter() - started)
+
+    def answer(self, file: str, image: str | bytes, prompt: str, **fields: str) -> str:
+        """Generate a text and show it, piece by piece as it comes; returns the whole.
+
+        ``fields`` are added to the JSON object. Raises what the client raises.
+        """
+        if self._json:
+            answer = self.generate(image, prompt)
+            self.show(file, answer, **fields)
+            return answer.generation.text
+        texts = []
+        with self.client.stream(image, prompt, **self._decoding) as chunks:
+            try:
+                for text in visible(_texts(chunks, texts)):
+                    self._out.out(text, end="", highlight=False)
+            finally:
+                if any(map(str.strip, texts)) or sys.exc_info()[0] is None:
+                    self._out.out("", highlight=False)
+        return "".join(texts)
+
+    def show(self, file: str, answer: Answer, *, named: bool = False, **fields: str) -> None:
+        """Show a whole text, on a terminal or in a pipe after its file's name if it is to be ``named``."""
+        if self._json:
+            self._write_json({"file": printable(file), **fields, **answer.fields()})
+            return
+        if named:
+            self._out.out(f"{printable(file)}: ", style="cyan", end="", highlight=False)
+        self._out.out(answer.generation.text.strip(), highlight=False)
+
+    def fail(self, error: Exception, file: str | None = None, **fields: str) -> None:
+        """Report a failure, by the name of the file that it belongs to, and go on."""
+        self.any_failed = True
+        if self._json and file is not None:
+            self._write_json({"file": printable(file), **fields, "error": str(error)})
+        elif file is None or repr(file) in str(error):
+            complain(self._command, str(error))
+        else:
+            complain(self._command, f"{printable(file)}: {error}")
+
+    def note(self, message: str) -> None:
+        """Say something that is neither an answer nor a failure."""
+        Console(stderr=True).out(message, style="dim", highlight=False)
+
+    def _write_json(self, fields: dict[str, object]) -> None:
+        self._out.out(json.dumps(fields), highlight=False)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole text, and the seconds from the request to its end."""
+
+    generation: Generation
+    seconds: float
+
+    def fields(self) -> dict[str, object]:
+        """What the JSON object says of it."""
+        names = ("text", "finish_reason", "num_input_tokens", "num_output_tokens")
+        return {**{name: getattr(self.generation, name) for name in names}, "seconds": round(self.seconds, 4)}
+
+
+@contextmanager
+def session(command: str, options: RequestOptions) -> Iterator[Session]:
+    """A session with the server, at whose end the process exits with status 1 if anything failed."""
+    try:
+        with _connect(options) as client:
+            running = Session(command, client, options)
+            yield running
+    except BlipstreamError as error:
+        complain(command, str(error))
+        raise typer.Exit(1) from None
+    if running.any_failed:
+        raise typer.Exit(1)
+
+
+def _connect(options: RequestOptions) -> Client:
+    try:
+        from blipstream_client import DEFAULT_URL, Client
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        raise BlipstreamError(f"{error.name} is not installed: talking to a server needs blipstream[client]") from None
+    return Client(DEFAULT_URL if options.url is None else options.url, timeout=options.timeout)
+
+
+def complain(command: str, message: str) -> None:
+    """Write an error, with the name of the command, to standard error."""
+    Console(stderr=True).out(f"blipstream {command}: {message}", style="red", highlight=False)
+
+
+def read_source(file: str) -> str | bytes:
+    """What the client is given for a file name: the bytes of standard input, or the name."""
+    return typer.get_binary_stream("stdin").read() if file == STDIN else file
+
+
+def printable(file: str) -> str:
+    """A file name that any terminal can show; what is not UTF-8 in it is replaced."""
+    return os.fsencode(file).decode("utf-8", "replace")
+
+
+def visible(texts: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text without the white space around the whole; pieces are passed on as soon as they are seen."""
+    pending = ""
+    begun = False
+    for text in texts:
+        pending += text
+        shown = pending.rstrip()
+        if shown:
+            yield shown if begun else shown.lstrip()
+            pending = pending[len(shown) :]
+            begun = True
+
+
+def _texts(chunks: Iterable[TextChunk], texts: list[str]) -> Iterator[str]:
+    """The chunks' texts, which are also appended to ``texts``."""
+    for chunk in chunks:
+        texts.append(chunk.text)
+        yield chunk.text
