@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
+import torch
 from blipstream_export.build import BuildOptions, BuildResult, build
+
 from tests.checkpoints import save_blip2_opt
+
+torch.set_num_threads(1)  # the models are tiny
 
 
 @pytest.fixture(scope="session")

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-from blipstream.decoding.request import Prompt
-from blipstream.engines.decoder import prefill_inputs
 from blipstream_export.models.opt import OPTDecoder
 from blipstream_export.models.qformer import QFormer
 from blipstream_export.models.vision import VisionEncoder
 from blipstream_export.ops import attention, cached_attention
+from torch import Tensor
+
+from blipstream.decoding.request import Prompt
+from blipstream.engines.decoder import prefill_inputs
 from tests.checkpoints import OPT_VARIANTS, TinySizes, make_blip2_opt
 
 
@@ -121,7 +121,7 @@ def test_soft_tokens_fill_narrow_embeddings_as_transformers_scatters_them() -> N
     pixel_values = torch.randn(1, 3, 28, 28)
     seen: list[Tensor] = []
     model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+        lambda _module, _args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     features = model(pixel_values=pixel_values, input_ids=torch.tensor([[319] * 4 + [2]]))
     soft_tokens = QFormer(model)(features.vision_outputs.last_hidden_state)

@@ -1,0 +1,214 @@
+"""The ONNX graphs, on the engine that serves them, compute what transformers computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from blipstream_export import graphs
+from blipstream_export.build import BuildResult
+from blipstream_export.graphs import decoder_inputs, export_graph
+from blipstream_export.models.opt import OPTDecoder
+from blipstream_export.models.qformer import QFormer
+from blipstream_export.models.vision import VisionEncoder
+
+from blipstream.contract import (
+    BLIP2,
+    DECODER_FILE,
+    DECODER_IO,
+    GRAPH_FILE,
+    MODEL_VERSION,
+    PIXEL_VALUES,
+    QFORMER,
+    QFORMER_SPEC,
+    SOFT_TOKENS,
+    TOKENIZER_FILE,
+    VISION_ENCODER,
+    VISION_ENCODER_SPEC,
+    DecoderSection,
+    ModelSpec,
+)
+from blipstream.decoding.loop import DecodeLoop, LoopConfig
+from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, SamplingParams
+from blipstream.decoding.text import Tokenizer
+from blipstream.engines import CachedDecoder, create_engine
+from tests.checkpoints import (
+    OPT_VARIANTS,
+    PROMPTS,
+    TinySizes,
+    make_blip2_opt,
+    make_images,
+    make_processor,
+    make_tokenizer,
+)
+
+NEW_TOKENS = 14
+ROWS = 4
+
+
+@pytest.mark.parametrize("name", OPT_VARIANTS)
+def test_greedy_tokens_equal_generate(name: str, tmp_path: Path) -> None:
+    """Mixed prompts and images, more of them than slots, in flight together in the loop that serves them."""
+    tokenizer = make_tokenizer()
+    model = make_blip2_opt(opt=OPT_VARIANTS[name])
+    processor = make_processor(tokenizer, TinySizes())
+    tokenizer.backend_tokenizer.save(str(tmp_path / TOKENIZER_FILE))
+    samples = [(image, prompt) for image in make_images(2) for prompt in PROMPTS]
+    expected = [_generate(model, processor, *sample) for sample in samples]
+    prompts = [_prompt(model, processor, *sample) for sample in samples]
+    path = tmp_path / DECODER_FILE
+    decoder = _export_decoder(model.language_model, path)
+    try:
+        found = _serve(decoder, Tokenizer.load(tmp_path / TOKENIZER_FILE), prompts)
+    finally:
+        decoder.close()
+    assert found == expected
+    assert len({tuple(tokens) for tokens in expected}) > len(samples) // 3, "the texts hardly depend on their prompts"
+
+
+@pytest.mark.parametrize(
+    ("model", "spec"), [(VISION_ENCODER, VISION_ENCODER_SPEC), (QFORMER, QFORMER_SPEC)], ids=[VISION_ENCODER, QFORMER]
+)
+def test_graph_has_the_tensors_of_the_contract(model: str, spec: ModelSpec, random_bundle: BuildResult) -> None:
+    with create_engine("onnxruntime", random_bundle.bundle / model / MODEL_VERSION / GRAPH_FILE, threads=1) as engine:
+        for infos, tensors in ((engine.inputs, spec.inputs), (engine.outputs, spec.outputs)):
+            assert [info.name for info in infos] == [tensor.name for tensor in tensors]
+            assert [info.dtype for info in infos] == [np.float32] * len(tensors)
+            assert [info.shape for info in infos] == [
+                ("batch", *random_bundle.manifest.shape(tensor)) for tensor in tensors
+            ]
+
+
+def test_decoder_graph_has_the_tensors_of_the_contract(random_bundle: BuildResult) -> None:
+    sizes = random_bundle.manifest.decoder
+    with create_engine("onnxruntime", random_bundle.bundle / BLIP2 / MODEL_VERSION / DECODER_FILE, threads=1) as engine:
+        inputs = {info.name: (info.dtype, info.shape) for info in engine.inputs}
+        outputs = {info.name: (info.dtype, info.shape) for info in engine.outputs}
+    cache = (np.float32, ("batch", sizes.num_key_value_heads, "capacity", sizes.head_dim))
+    assert inputs == {
+        DECODER_IO.input_ids: (np.int64, ("batch", "sequence")),
+        DECODER_IO.soft_tokens: (np.float32, ("num_soft_tokens", sizes.hidden_size)),
+        DECODER_IO.position_ids: (np.int64, ("batch", "sequence")),
+        DECODER_IO.last_index: (np.int64, ("batch",)),
+        DECODER_IO.seqlens_k: (np.int32, ("batch",)),
+        DECODER_IO.total_sequence_length: (np.int32, ()),
+        **dict.fromkeys(DECODER_IO.cache_inputs(sizes.num_layers), cache),
+    }
+    assert outputs == {
+        DECODER_IO.logits: (np.float32, ("batch", sizes.vocab_size)),
+        **dict.fromkeys(DECODER_IO.cache_outputs(sizes.num_layers), cache),
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_image_graphs_equal_transformers_at_any_batch_size(batch: int, random_bundle: BuildResult) -> None:
+    model = make_blip2_opt()
+    pixel_values = torch.randn(batch, 3, 28, 28, generator=torch.Generator().manual_seed(batch))
+    with torch.no_grad():
+        expected = model.get_image_features(pixel_values, return_dict=True)
+    vision, qformer = (
+        create_engine("onnxruntime", random_bundle.bundle / name / MODEL_VERSION / GRAPH_FILE, threads=1)
+        for name in (VISION_ENCODER, QFORMER)
+    )
+    with vision, qformer:
+        image_embeds = vision.run({PIXEL_VALUES.name: pixel_values.numpy()})
+        soft_tokens = qformer.run(image_embeds)[SOFT_TOKENS.name]
+    _assert_close(image_embeds["image_embeds"], expected.last_hidden_state.numpy())
+    _assert_close(soft_tokens, expected.pooler_output.numpy())
+
+
+def test_graphs_use_the_fused_operators_and_carry_no_traces(random_bundle: BuildResult) -> None:
+    """One node for each attention, norm and activation, and nothing that tells where or when it was built."""
+    operators: dict[str, set[str]] = {}
+    for path in random_bundle.bundle.rglob("*.onnx"):
+        model = onnx.load(path)
+        operators[path.parent.parent.name] = {node.op_type for node in model.graph.node}
+        assert not model.metadata_props
+        assert not model.doc_string
+        assert all(not node.metadata_props and not node.doc_string for node in model.graph.node)
+        assert all(not value.metadata_props for value in model.graph.value_info)
+        assert b"/site-packages/" not in path.read_bytes()
+    assert {"MultiHeadAttention", "LayerNormalization", "Gelu", "Gemm"} <= operators[VISION_ENCODER]
+    assert {"MultiHeadAttention", "LayerNormalization", "Gelu", "Gemm"} <= operators[QFORMER]
+    assert {"GroupQueryAttention", "LayerNormalization", "Gemm"} <= operators[BLIP2]
+    assert "MatMul" not in set.union(*operators.values())
+    assert "Softmax" not in set.union(*operators.values())
+
+
+def test_large_weights_go_to_a_file_of_their_own_and_tied_ones_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_blip2_opt().language_model
+    wrapper = OPTDecoder(model)
+    inline, external = tmp_path / "inline.onnx", tmp_path / "external.onnx"
+    inline_bytes = export_graph(wrapper, decoder_inputs(wrapper), inline, engine="onnxruntime")
+    monkeypatch.setattr(graphs, "EXTERNAL_DATA_BYTES", 10_000)
+    external_bytes = export_graph(wrapper, decoder_inputs(wrapper), external, engine="onnxruntime")
+    data = tmp_path / "external.onnx.data"
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["external.onnx", "external.onnx.data", "inline.onnx"]
+    assert inline_bytes == inline.stat().st_size
+    assert external_bytes == external.stat().st_size + data.stat().st_size
+    weights = sum(parameter.numel() * 4 for parameter in wrapper.parameters())  # counts shared ones once
+    assert weights <= inline_bytes < weights + 50_000
+    logits = []
+    for path in (inline, external):
+        decoder = CachedDecoder(create_engine("onnxruntime", path, threads=1), _sizes(wrapper))
+        logits.append(decoder.prefill(0, [Prompt(np.ones((2, wrapper.embed_dim), np.float32), (2, 17, 40))]))
+        decoder.close()
+    np.testing.assert_array_equal(*logits)
+
+
+def _generate(model: Any, processor: Any, image: Any, prompt: str) -> list[int]:
+    inputs = processor(images=image, text=prompt or None, return_tensors="pt")
+    output = model.generate(
+        **inputs, max_new_tokens=NEW_TOKENS, output_scores=True, return_dict_in_generate=True, do_sample=False
+    )
+    tokens: list[int] = output.sequences[0, -len(output.scores) :].tolist()
+    return tokens
+
+
+def _prompt(model: Any, processor: Any, image: Any, prompt: str) -> Prompt:
+    with torch.no_grad():
+        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+        soft_tokens = QFormer(model)(VisionEncoder(model.vision_model)(pixel_values))[0].numpy()
+    ids = processor.tokenizer(prompt)["input_ids"] if prompt else [model.config.text_config.bos_token_id]
+    return Prompt(soft_tokens, tuple(ids))
+
+
+def _export_decoder(language_model: Any, path: Path) -> CachedDecoder:
+    wrapper = OPTDecoder(language_model)
+    export_graph(wrapper, decoder_inputs(wrapper), path, engine="onnxruntime")
+    return CachedDecoder(create_engine("onnxruntime", path, threads=1), _sizes(wrapper))
+
+
+def _sizes(wrapper: OPTDecoder) -> DecoderSection:
+    return DecoderSection(
+        family="opt",
+        num_layers=wrapper.num_layers,
+        num_key_value_heads=wrapper.num_kv_heads,
+        head_dim=wrapper.head_dim,
+        hidden_size=wrapper.embed_dim,
+        vocab_size=wrapper.vocab_size,
+        max_sequences=ROWS,
+        max_tokens=64,
+    )
+
+
+def _serve(decoder: CachedDecoder, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[int]]:
+    loop = DecodeLoop(decoder, tokenizer, eos_token_ids=[2], config=LoopConfig(prefill_budget=50))
+    chunks: list[list[Chunk]] = [[] for _ in prompts]
+    for index, prompt in enumerate(prompts):
+        params = SamplingParams(max_tokens=NEW_TOKENS)
+        loop.submit(GenerationRequest(str(index), prompt, params, on_chunk=chunks[index].append))
+    while loop.step():
+        loop.check_integrity()
+    return [[token for chunk in answer for token in chunk.token_ids] for answer in chunks]
+
+
+def _assert_close(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5 * np.abs(expected).max())
