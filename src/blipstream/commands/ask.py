@@ -1,43 +1,29 @@
-"""The command ``blipstream ask``. Importing it is cheap: the client comes with the command's run."""
+"""The command ``blipstream ask``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from blipstream.commands.shared import (
-    DEFAULT_URL,
-    QUESTION_TEMPLATE,
-    Json,
-    Template,
-    Timeout,
-    Url,
-    reporting,
-    takes_decoding_options,
-)
+from blipstream.commands.requests import ImageFile, RequestOptions, Template, read_source, session, with_request_options
+from blipstream.errors import BlipstreamError
 
 
-@takes_decoding_options
+@with_request_options
 def ask(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="An image; - reads it from standard input.")],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
-    url: Url = DEFAULT_URL,
-    as_json: Json = False,
-    template: Template = QUESTION_TEMPLATE,
-    timeout: Timeout = None,
+    file: ImageFile,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about the image.")],
+    template: Template = None,
     *,
-    decoding: Mapping[str, Any],
+    options: RequestOptions,
 ) -> None:
     """Answer a question about an image."""
-    with reporting("ask"):
-        from blipstream.commands.answering import Task, answer_all
-        from blipstream.commands.writers import JsonWriter, TextWriter
-        from blipstream_client import question_prompt
+    with session("ask", options) as running:
+        from blipstream_client import QUESTION_TEMPLATE, question_prompt
 
-        writer = JsonWriter() if as_json else TextWriter("ask", show_names=False)
-        task = Task(url, question_prompt(question, template), decoding, timeout, concurrency=1)
-        failures = answer_all([file], task, writer)
-    if failures:
-        raise typer.Exit(1)
+        prompt = question_prompt(question, QUESTION_TEMPLATE if template is None else template)
+        try:
+            running.answer(file, read_source(file), prompt, question=question)
+        except BlipstreamError as error:
+            running.fail(error, file, question=question)

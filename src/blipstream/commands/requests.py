@@ -118,7 +118,7 @@ class Session:
         generation = self.client.generate(image, prompt, **self._decoding)
         return Answer(generation, time.perf_counter() - started)
 
-    def answer(self, file: str, image: str | bytes, prompt: str, **fields: str) -> str:
+    def answer(self, file: str, image: str | bytes, prompt: str, **fields: Any) -> str:
         """Generate a text and show it, piece by piece as it comes; returns the whole.
 
         ``fields`` are added to the JSON object. Raises what the client raises.
@@ -127,7 +127,7 @@ class Session:
             answer = self.generate(image, prompt)
             self.show(file, answer, **fields)
             return answer.generation.text
-        texts = []
+        texts: list[str] = []
         with self.client.stream(image, prompt, **self._decoding) as chunks:
             try:
                 for text in visible(_texts(chunks, texts)):
@@ -137,7 +137,7 @@ class Session:
                     self._out.out("", highlight=False)
         return "".join(texts)
 
-    def show(self, file: str, answer: Answer, *, named: bool = False, **fields: str) -> None:
+    def show(self, file: str, answer: Answer, *, named: bool = False, **fields: Any) -> None:
         """Show a whole text, on a terminal or in a pipe after its file's name if it is to be ``named``."""
         if self._json:
             self._write_json({"file": printable(file), **fields, **answer.fields()})
