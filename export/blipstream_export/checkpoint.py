@@ -25,6 +25,8 @@ CONFIG_FILE = "config.json"
 PLACEHOLDER = "<image>"
 """The token that stands for one soft token in a prompt's ids."""
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _RESAMPLE: dict[int, Any] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -129,6 +131,9 @@ def _num_query_tokens(raw: Mapping[str, Any], headers: Mapping[str, TensorHeader
 def _load_processor(folder: Path) -> Blip2Processor:
     from transformers import Blip2Processor
 
+    for what, files in (("tokenizer", _TOKENIZER_FILES), ("image processor", _PROCESSOR_FILES)):
+        if not any((folder / name).is_file() for name in files):  # transformers would make one up
+            raise CheckpointError(f"the checkpoint {folder} holds no {what}: expected one of {', '.join(files)}")
     with _faults_of(f"the tokenizer and image processor of {folder}"):
         return Blip2Processor.from_pretrained(folder, local_files_only=True)
 

@@ -74,7 +74,7 @@ def generation_notes(model: Any) -> list[str]:
     if ignored:
         notes.append(
             f"{_FILE} asks for {ignored}, which the checkpoint's own generate does not read, and neither does the "
-            "bundle: requests have to say so"
+            "bundle"
         )
     return notes
 

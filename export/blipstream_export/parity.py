@@ -155,7 +155,8 @@ def compare(stage: str, found: Floats, expected: Floats) -> StageParity:
     a = found.reshape(-1, found.shape[-1]).astype(np.float64)
     b = expected.reshape(-1, expected.shape[-1]).astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosines = np.where(norms > 0, (a * b).sum(1) / np.maximum(norms, np.finfo(np.float64).tiny), (a == b).all(1))
+    with np.errstate(invalid="ignore"):  # rows of zeros are equal or not, and have no cosine
+        cosines = np.where(norms == 0, (a == b).all(1), (a * b).sum(1) / norms)
     return StageParity(
         stage,
         cosine=round(float(cosines.min()), 7),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -25,9 +26,7 @@ class QFormer(nn.Module):
         layers = [_QFormerLayer(layer) for layer in source.qformer.encoder.layer]
         self.projection = source.language_projection
         self.embed_dim = int(source.language_model.get_input_embeddings().embedding_dim)
-        with torch.no_grad():
-            queries = source.qformer.layernorm(source.query_tokens)[0]  # (Q, C)
-            queries = layers[0].self_attention(queries, batch=1)
+        queries = _first_self_attention(source)  # (Q, C)
         self.num_queries = int(queries.shape[0])
         self.queries = nn.Parameter(queries, requires_grad=False)
         layers[0].attention = None
@@ -52,6 +51,17 @@ class QFormer(nn.Module):
             return projected
         flat = projected.flatten(1)[:, : self.num_queries * self.embed_dim]
         return flat.reshape(-1, self.num_queries, self.embed_dim)
+
+
+def _first_self_attention(source: Any) -> Tensor:
+    """What the queries are before they first see an image: (Q, C) float32.
+
+    In float64, so that the last bit does not depend on the number of threads or on the processor.
+    """
+    norm, layer = copy.deepcopy(source.qformer.layernorm), copy.deepcopy(source.qformer.encoder.layer[0].attention)
+    with torch.no_grad():
+        queries = norm.double()(source.query_tokens.double())[0]
+        return _SelfAttention(layer.double())(queries, 1).float()
 
 
 class _QFormerLayer(nn.Module):
