@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 STDIN = "-"
 """File name by which an image is read from standard input."""
 
+_CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+"""Characters by which a text could do more to a terminal than appear on it."""
+
 _EXTRA = ("grpc", "tritonclient", "google")
 _NOT_DECODING = frozenset({"url", "json_lines", "timeout"})
 
@@ -131,10 +134,10 @@ class Session:
         with self.client.stream(image, prompt, **self._decoding) as chunks:
             try:
                 for text in visible(_texts(chunks, texts)):
-                    self._out.out(text, end="", highlight=False)
+                    self._write(text)
             finally:
                 if any(map(str.strip, texts)) or sys.exc_info()[0] is None:
-                    self._out.out("", highlight=False)
+                    self._write("\n")
         return "".join(texts)
 
     def show(self, file: str, answer: Answer, *, named: bool = False, **fields: Any) -> None:
@@ -143,8 +146,8 @@ class Session:
             self._write_json({"file": printable(file), **fields, **answer.fields()})
             return
         if named:
-            self._out.out(f"{printable(file)}: ", style="cyan", end="", highlight=False)
-        self._out.out(answer.generation.text.strip(), highlight=False)
+            self._write(f"{printable(file)}: ", style="cyan")
+        self._write(answer.generation.text.strip() + "\n")
 
     def fail(self, error: Exception, file: str | None = None, **fields: str) -> None:
         """Report a failure, by the name of the file that it belongs to, and go on."""
@@ -161,7 +164,14 @@ class Session:
         Console(stderr=True).out(message, style="dim", highlight=False)
 
     def _write_json(self, fields: dict[str, object]) -> None:
-        self._out.out(json.dumps(fields), highlight=False)
+        typer.echo(json.dumps(fields))
+
+    def _write(self, text: str, style: str | None = None) -> None:
+        """Write at once: to a pipe the text as it is, to a terminal without what would move the cursor."""
+        if self._out.is_terminal:
+            self._out.out(text.translate(_CONTROL), style=style, end="", highlight=False)
+        else:
+            typer.echo(text, nl=False)
 
 
 @dataclass(frozen=True)
@@ -212,8 +222,8 @@ def read_source(file: str) -> str | bytes:
 
 
 def printable(file: str) -> str:
-    """A file name that any terminal can show; what is not UTF-8 in it is replaced."""
-    return os.fsencode(file).decode("utf-8", "replace")
+    """A file name that any terminal can show; what is not UTF-8, or a control character, is replaced."""
+    return os.fsencode(file).decode("utf-8", "replace").translate(_CONTROL)
 
 
 def visible(texts: Iterable[str]) -> Iterator[str]:
