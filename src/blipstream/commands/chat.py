@@ -136,6 +136,8 @@ def _lines() -> Iterator[str]:
         try:
             line = input("> " if typed else "").strip()
         except EOFError:
+            if typed:
+                print()  # Ctrl-D leaves the cursor behind the prompt
             return
         except KeyboardInterrupt:  # may come just after the answer that it was meant for
             if not typed:
