@@ -12,13 +12,13 @@ import json
 import sys
 from pathlib import Path
 
+from blipstream_client import Client
+from blipstream_export.build import BuildOptions, build
+from blipstream_export.cli import show
 from rich.console import Console
 from rich.table import Table
 
 from blipstream.triton.server import TritonServer
-from blipstream_client import Client
-from blipstream_export.build import BuildOptions, build
-from blipstream_export.cli import show
 
 DEMO = Path(__file__).resolve().parent
 CHECKPOINT = DEMO / "checkpoint"
