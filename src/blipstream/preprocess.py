@@ -19,6 +19,7 @@ import binascii
 import io
 import re
 import urllib.parse
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,8 @@ _BASE64_HEADS = (b"/9j/", b"iVBORw0KGgo", b"R0lGOD", b"UklGR", b"Qk", b"SUkq", b
 _NOT_BASE64 = re.compile(rb"[^A-Za-z0-9+/=]")
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _PNM_HEAD = re.compile(rb"P[1-7fFy]\s")
+_COUNT_OF_PIXELS = re.compile(r"\((\d+) pixels\)")
+"""In Pillow's own message about a decompression bomb."""
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -113,7 +116,7 @@ def resolve_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Decode an image file, or base64 or a ``data:`` URL of one, into an upright RGB image.
 
-    Pillow's own limit on pixels (``PIL.Image.MAX_IMAGE_PIXELS``) holds besides ``limits``.
+    Pillow's own limit on pixels (``PIL.Image.MAX_IMAGE_PIXELS``) holds besides ``limits``; see :func:`limit_pillow`.
 
     Raises:
         InvalidImageError: not an image, of an unsupported kind, truncated or damaged, or over a limit.
@@ -128,11 +131,22 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
     except InvalidImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InvalidImageError(f"the image is too large to be decoded safely: {_sentence(error)}") from error
+        count = _COUNT_OF_PIXELS.search(str(error))
+        raise _too_many_pixels(count[1] if count else "too many", limits) from error
     except UnidentifiedImageError:
         raise _unknown_kind(data) from None
     except Exception as error:  # on hostile files Pillow's decoders raise nearly every built-in exception
         raise _damaged(data, error) from error
+
+
+def limit_pillow(limits: ImageLimits) -> None:
+    """Make Pillow's own limit on pixels the given one, in this whole process.
+
+    It reaches where :func:`decode_image` does not see (an icon's inner images), and is in its way where the limit is
+    larger than Pillow's. For processes that belong to the one who calls this, such as the models of a server.
+    """
+    Image.MAX_IMAGE_PIXELS = limits.max_pixels
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -224,9 +238,7 @@ def _known_formats() -> list[str]:
 def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
     width, height = size
     if width * height > limits.max_pixels:
-        raise InvalidImageError(
-            f"the image has {width} x {height} = {width * height} pixels, and at most {limits.max_pixels} are accepted"
-        )
+        raise _too_many_pixels(f"{width} x {height} = {width * height}", limits)
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
@@ -242,6 +254,10 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 def _too_many_bytes(count: int, limits: ImageLimits) -> InvalidImageError:
     return InvalidImageError(f"the image has {count} bytes, and at most {limits.max_bytes} are accepted")
+
+
+def _too_many_pixels(count: str, limits: ImageLimits) -> InvalidImageError:
+    return InvalidImageError(f"the image has {count} pixels, and at most {limits.max_pixels} are accepted")
 
 
 def _guess(data: bytes) -> str:

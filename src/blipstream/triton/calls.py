@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from blipstream.contract import ERROR_CODES
 from blipstream.errors import (
     BlipstreamError,
     EngineError,
@@ -167,20 +168,34 @@ def triton_error(error: BaseException) -> Any:
     return pb_utils.TritonError(message_of(error), _triton_code(error))
 
 
-def _triton_code(error: BaseException) -> Any:
+def forwarded_error(error: Any) -> Any:
+    """An error of ``blip2``, as a BLS call is told it, with the code that its message begins with.
+
+    This version of Triton tells a BLS call the message of an error without its code.
+    """
     import triton_python_backend_utils as pb_utils
 
-    codes = {"INVALID_ARGUMENT": pb_utils.TritonError.INVALID_ARG, "UNAVAILABLE": pb_utils.TritonError.UNAVAILABLE}
-    return codes.get(code_of(error), pb_utils.TritonError.INTERNAL)
+    message = str(error.message())
+    return pb_utils.TritonError(message, _triton_codes().get(message.partition(": ")[0], error.code()))
+
+
+def _triton_code(error: BaseException) -> Any:
+    return _triton_codes()[code_of(error)]
+
+
+def _triton_codes() -> dict[str, Any]:
+    """The Python backend's codes, by :data:`~blipstream.contract.ERROR_CODES`."""
+    import triton_python_backend_utils as pb_utils
+
+    error = pb_utils.TritonError
+    return dict(zip(ERROR_CODES, (error.INVALID_ARG, error.UNAVAILABLE, error.INTERNAL), strict=True))
 
 
 def run_model(model: str, inputs: Mapping[str, Array], output: str) -> Array:
     """Run another model of the server (BLS) and return one of its outputs; blocks until it has answered.
 
     Raises:
-        InvalidRequestError: the model refused its input.
-        ServerBusyError: the model is not available.
-        EngineError: the model failed.
+        EngineError: the model answered with an error, whose code this version of Triton does not tell.
     """
     import triton_python_backend_utils as pb_utils
 
@@ -188,21 +203,9 @@ def run_model(model: str, inputs: Mapping[str, Array], output: str) -> Array:
     request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[output], inputs=tensors)
     response = request.exec()
     if response.has_error():
-        raise exception_of(response.error())
+        raise EngineError(str(response.error().message()))
     result: Array = pb_utils.get_output_tensor_by_name(response, output).as_numpy()
     return result
-
-
-def exception_of(error: Any) -> BlipstreamError:
-    """The exception for an error that another model of the server has answered with."""
-    import triton_python_backend_utils as pb_utils
-
-    message = str(error.message())
-    if error.code() == pb_utils.TritonError.INVALID_ARG:
-        return InvalidRequestError(message)
-    if error.code() == pb_utils.TritonError.UNAVAILABLE:
-        return ServerBusyError(message)
-    return EngineError(message)
 
 
 def _parameters(request: Any) -> dict[str, Any]:

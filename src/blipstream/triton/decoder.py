@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from blipstream.contract import (
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import CachedDecoder
+from blipstream.errors import EngineError
 from blipstream.features import Features
-from blipstream.triton.calls import CANCEL_PARAMETER, TritonCall, run_model
+from blipstream.preprocess import ImageLimits, decode_image, limit_pillow
+from blipstream.triton.calls import CANCEL_PARAMETER, Array, TritonCall, run_model
 from blipstream.triton.inputs import ImageSource, RequestParser
 from blipstream.triton.lifeline import LIFELINE_VARIABLE, watch_lifeline
 from blipstream.triton.metrics import MetricsPublisher, ServingMetrics, triton_family
@@ -41,6 +44,8 @@ class DecoderModel:
         manifest, config = folder.manifest, folder.config
         tokenizer = Tokenizer.load(folder.path / TOKENIZER_FILE)
         self._decoder = CachedDecoder(folder.load_engine(DECODER_FILE), manifest.decoder)
+        limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
+        limit_pillow(limits)
         capacity = manifest.decoder.max_sequences
 
         def make_loop(metrics: ServingMetrics) -> DecodeLoop:
@@ -57,7 +62,7 @@ class DecoderModel:
             RequestParser(manifest, config),
             tokenizer,
             manifest.generation.bos_token_id,
-            compute_features,
+            partial(compute_features, limits=limits),
             make_loop,
             config,
             capacity,
@@ -97,19 +102,26 @@ class DecoderModel:
             stop.start()
 
 
-def compute_features(image: ImageSource) -> Features:
+def compute_features(image: ImageSource, limits: ImageLimits) -> Features:
     """Soft tokens (Q, D) of an image, by the other models of the server; blocks until they have answered.
 
     Raises:
-        InvalidRequestError: the image cannot be decoded.
+        InvalidImageError: the image cannot be decoded.
         EngineError: a model failed.
     """
-    if image.file is not None:
-        files = np.array([[image.file]], np.object_)
-        soft_tokens = run_model(IMAGE_FEATURES, {IMAGE.name: files}, SOFT_TOKENS.name)  # (1, Q, D)
-    elif image.pixels is not None:
+    if image.pixels is not None:
         embeds = run_model(VISION_ENCODER, {PIXEL_VALUES.name: image.pixels[None]}, IMAGE_EMBEDS.name)  # (1, N, D_v)
-        soft_tokens = run_model(QFORMER, {IMAGE_EMBEDS.name: embeds}, SOFT_TOKENS.name)
+        soft_tokens = run_model(QFORMER, {IMAGE_EMBEDS.name: embeds}, SOFT_TOKENS.name)  # (1, Q, D)
+    elif image.file is not None:
+        soft_tokens = _features_of_file(image.file, limits)
     else:
         raise ValueError("an image source holds a file or pixels")
     return np.array(soft_tokens[0], np.float32)  # a copy: the response's memory is Triton's
+
+
+def _features_of_file(file: bytes, limits: ImageLimits) -> Array:
+    try:
+        return run_model(IMAGE_FEATURES, {IMAGE.name: np.array([[file]], np.object_)}, SOFT_TOKENS.name)  # (1, Q, D)
+    except EngineError:
+        decode_image(file, limits)  # raises when, as preprocess found, the image is at fault
+        raise

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from blipstream.contract import IMAGE, PIXEL_VALUES
 from blipstream.errors import BlipstreamError, EngineError
-from blipstream.preprocess import ImageLimits, ImageTransform
+from blipstream.preprocess import ImageLimits, ImageTransform, limit_pillow
 from blipstream.triton.calls import triton_error
 from blipstream.triton.model import ModelFolder
 
@@ -30,8 +28,7 @@ class PreprocessModel:
         folder = ModelFolder(args)
         self._transform = ImageTransform(folder.manifest.image)
         self._limits = ImageLimits(folder.config.max_image_bytes, folder.config.max_image_pixels)
-        Image.MAX_IMAGE_PIXELS = self._limits.max_pixels  # for sizes that only a format's own decoder sees
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        limit_pillow(self._limits)
         self._pool = ThreadPoolExecutor(folder.threads, "image-decoder")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from blipstream.contract import BLIP2
 from blipstream.errors import EngineError
-from blipstream.triton.calls import CALL_PARAMETER, CANCEL_PARAMETER, TritonCall
+from blipstream.triton.calls import CALL_PARAMETER, CANCEL_PARAMETER, TritonCall, forwarded_error
 from blipstream.triton.cancellation import CancellationWatch
 from blipstream.triton.model import ModelFolder
 
@@ -70,12 +72,17 @@ class ForwardedCall(TritonCall):
 
         tensors = [tensor for tensor in self._request.inputs() if tensor.name() != "stream"]
         responses = list(self._ask(tensors, {**self.parameters, CALL_PARAMETER: self.name}))
-        response = pb_utils.InferenceResponse(responses[0].output_tensors(), responses[0].error())
-        self.respond(response, final=True)
+        error = forwarded_error(responses[0].error()) if responses[0].has_error() else None
+        self.respond(pb_utils.InferenceResponse(responses[0].output_tensors(), error), final=True)
 
     def cancel(self) -> None:
         """Have ``blip2`` end the request; its answer still comes."""
-        list(self._ask([], {CANCEL_PARAMETER: self.name}))
+        import triton_python_backend_utils as pb_utils
+
+        nothing = pb_utils.Tensor(
+            "text_input", np.array([[b""]], np.object_)
+        )  # Triton refuses a request without inputs
+        list(self._ask([nothing], {CANCEL_PARAMETER: self.name}))
 
     def _ask(self, tensors: list[Any], parameters: Mapping[str, Any]) -> Any:
         import triton_python_backend_utils as pb_utils

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blipstream.errors import InvalidImageError
-from blipstream.preprocess import FORMATS, ImageLimits, decode_image, resolve_image
+from blipstream.preprocess import FORMATS, ImageLimits, decode_image, limit_pillow, resolve_image
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
 
@@ -93,7 +94,16 @@ def test_pixel_limit_is_checked_before_decoding() -> None:
 
 @pytest.mark.parametrize("side", [12_000, 60_000])
 def test_decompression_bomb_beyond_the_limit_of_pillow(side: int) -> None:
-    assert "pixels" in refusal(png_header(side, side))
+    assert f"the image has {side * side} pixels, and at most 64000000 are accepted" in refusal(png_header(side, side))
+
+
+def test_the_limit_of_pillow_may_be_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    assert "the image has 2000 pixels" in refusal(encoded())
+    limits = ImageLimits(max_pixels=2_000)
+    with warnings.catch_warnings():
+        limit_pillow(limits)
+        assert decode_image(encoded(), limits).size == (50, 40)
 
 
 def test_byte_limit() -> None:

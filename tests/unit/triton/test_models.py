@@ -8,7 +8,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ from blipstream.errors import (
     ServerBusyError,
 )
 from blipstream.preprocess import ImageTransform
-from blipstream.triton.calls import Answer, TritonCall, exception_of, triton_error
+from blipstream.triton.calls import Answer, TritonCall, forwarded_error, triton_error
 from blipstream.triton.graph import run_batch
 from blipstream.triton.preprocess import PreprocessModel
 from tests.unit.triton.fakes import Request, Response, TritonError, backend_module, make_manifest
@@ -232,14 +231,14 @@ def test_an_unforeseen_error_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"),
+    ("message", "code"),
     [
-        (TritonError.INVALID_ARG, InvalidRequestError),
-        (TritonError.UNAVAILABLE, ServerBusyError),
-        (TritonError.INTERNAL, EngineError),
+        ("INVALID_ARGUMENT: why: because", TritonError.INVALID_ARG),
+        ("UNAVAILABLE: busy", TritonError.UNAVAILABLE),
+        ("INTERNAL: broken", TritonError.INTERNAL),
+        ("words of Triton", TritonError.UNKNOWN),
     ],
 )
-def test_errors_of_other_models_keep_their_meaning(code: int, kind: type[Any]) -> None:
-    error = exception_of(TritonError("why", code))
-    assert type(error) is kind
-    assert str(error) == "why"
+def test_a_forwarded_error_gets_its_code_back(message: str, code: int) -> None:
+    error = forwarded_error(TritonError(message, TritonError.UNKNOWN))
+    assert (error.code(), error.message()) == (code, message)

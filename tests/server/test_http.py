@@ -1,0 +1,92 @@
+"""Triton's JSON endpoints, ``generate`` and ``generate_stream``, with images as text."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import urllib.parse
+
+import pytest
+
+from blipstream.triton.server import TritonServer
+from tests.server.conftest import SLOTS
+from tests.server.wire import ask, data_url, events, generate, metric, occupied, post, wait_until
+
+pytestmark = pytest.mark.server
+
+
+@pytest.mark.parametrize("model", ["blip2", "blip2_unary"])
+def test_generate_with_base64(server: TritonServer, image: bytes, model: str) -> None:
+    expected = ask(server.grpc_url, image=image, text_input="a", max_tokens=9)
+    text = base64.b64encode(image).decode()
+    status, body = post(server, f"{model}/generate", image=text, text_input="a", max_tokens=9)
+    assert status == 200
+    answer = json.loads(body)
+    assert answer["text_output"] == expected.text
+    assert answer["finish_reason"] == expected.finish_reason
+    assert answer["num_output_tokens"] == expected.num_output_tokens
+    assert answer["num_input_tokens"] == expected.num_input_tokens
+
+
+def test_generate_with_a_data_url_and_nothing_else(server: TritonServer, image: bytes) -> None:
+    status, body = post(server, "blip2/generate", image=data_url(image))
+    assert status == 200
+    assert json.loads(body)["text_output"] == ask(server.grpc_url, image=image).text
+
+
+def test_generate_stream(server: TritonServer, image: bytes) -> None:
+    inputs = {"text_input": "this is", "max_tokens": 40, "min_tokens": 40}
+    expected = generate(server.grpc_url, image=image, **inputs)
+    status, body = post(server, "blip2/generate_stream", image=data_url(image), stream=True, **inputs)
+    assert status == 200
+    parts = list(events(body))
+    assert len(parts) > 1
+    assert "".join(part["text_output"] for part in parts) == expected[0].text
+    assert [part["finish_reason"] for part in parts[:-1]] == [""] * (len(parts) - 1)
+    assert parts[-1]["finish_reason"] == "length"
+    assert parts[-1]["num_output_tokens"] == 40
+
+
+def test_parameters_by_json(server: TritonServer, image: bytes) -> None:
+    inputs = {"temperature": 1.25, "top_k": 30, "random_seed": 5, "max_tokens": 12, "stop_words": ["zzz", "qqq"]}
+    expected = ask(server.grpc_url, image=image, **inputs)
+    status, body = post(server, "blip2/generate", image=data_url(image), **inputs)
+    assert status == 200
+    assert json.loads(body)["text_output"] == expected.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"image": "data:image/png;base64,!"}, "data: URL of base64, but it holds b'!'"),
+        ({"image": "abcde"}, "it is not valid base64"),
+        ({"image": base64.b64encode(b"%PDF-1.7").decode()}, "it looks like a PDF file"),
+        ({}, "neither image nor image_input was given"),
+    ],
+)
+def test_errors_by_json(server: TritonServer, fields: dict[str, str], fault: str) -> None:
+    for endpoint in ("blip2/generate", "blip2_unary/generate"):
+        status, body = post(server, endpoint, text_input="", **fields)
+        assert status >= 400
+        assert fault in json.loads(body)["error"]
+    _, body = post(server, "blip2/generate_stream", text_input="", **fields)
+    assert fault in body.decode()
+
+
+def test_a_timeout_by_json(server: TritonServer, image: bytes) -> None:
+    with occupied(server, SLOTS, image):
+        status, body = post(server, "blip2/generate", image=data_url(image), timeout=200_000)
+    assert status >= 400
+    assert "its timeout is 0.200 s" in json.loads(body)["error"]
+
+
+def test_closing_the_connection_cancels(server: TritonServer, image: bytes) -> None:
+    before = metric(server, "blipstream_requests_total", outcome="cancelled")
+    address = urllib.parse.urlparse(server.http_url)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=60)
+    fields = {"image": data_url(image), "stream": True, "max_tokens": 100_000, "min_tokens": 100_000}
+    connection.request("POST", "/v2/models/blip2/generate_stream", json.dumps(fields))
+    assert connection.getresponse().read(10)
+    connection.close()
+    wait_until(lambda: metric(server, "blipstream_requests_total", outcome="cancelled") == before + 1)
