@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     append_rows(options.results / "serving.csv", rows)
     for name in (workload.DISTINCT, workload.REPEATED):
         draw([row for row in rows if row.workload == name], options.results / f"serving-{name}.png")
-    console.print(_table(rows), width=max(console.width, _TABLE_WIDTH), crop=False, soft_wrap=False)
+    Console(width=max(console.width, _TABLE_WIDTH)).print(_table(rows))
     console.print(f"rows and plots are in {options.results}")
     return 0 if all(row.outputs_equal == 1 for row in rows if row.system == Blipstream.name) else 1
 
