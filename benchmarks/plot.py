@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from benchmarks.rows import Row
 
@@ -29,13 +29,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         _lines(axes, rows, f"{name}_p50_ms")
         _lines(axes, rows, f"{name}_p95_ms", dotted=True)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
     throughput.set_title("requests per second, slowest to fastest round")
     first_token.set_title("time to first token, ms: p50, p95 dotted")
     latency.set_title("request latency, ms: p50, p95 dotted")
     throughput.set_ylim(bottom=0)
-    throughput.legend()
+    figure.legend(handles=throughput.get_legend_handles_labels()[0], loc="outside lower center", ncols=5)
     row = rows[0]
     figure.suptitle(
         f"{row.checkpoint}, {row.workload} images, {row.requests} requests x {row.rounds} rounds; "
