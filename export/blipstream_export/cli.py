@@ -47,7 +47,7 @@ def build(
     try:
         with _terminated_cleanly(), _progress(console) as on_stage:
             result = _run(checkpoint, output, precision, max_sequences, max_tokens, force, on_stage)
-    except BlipstreamError as error:
+    except (BlipstreamError, OSError) as error:  # of the latter: no space left, or no permission to write
         errors.print(f"blipstream build: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     show(result, console)

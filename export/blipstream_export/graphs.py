@@ -102,7 +102,11 @@ def export_graph(module: nn.Module, inputs: GraphInputs, path: Path, *, engine: 
     model = program.model
     _strip(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _save(model, path)
+    try:
+        return _save(model, path)
+    finally:
+        for value in model.graph.initializers.values():
+            value.const_value = None  # the exporter keeps its last graph, which must not keep the weights
 
 
 def _save(model: ir.Model, path: Path) -> int:

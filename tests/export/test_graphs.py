@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,15 @@ def test_large_weights_go_to_a_file_of_their_own_and_tied_ones_once(
         logits.append(decoder.prefill(0, [Prompt(np.ones((2, wrapper.embed_dim), np.float32), (2, 17, 40))]))
         decoder.close()
     np.testing.assert_array_equal(*logits)
+
+
+def test_weights_are_released_after_export(tmp_path: Path) -> None:
+    wrapper = OPTDecoder(make_blip2_opt().language_model, release=True)
+    references = [weakref.ref(parameter) for parameter in wrapper.parameters()]
+    export_graph(wrapper, decoder_inputs(wrapper), tmp_path / "decoder.onnx", engine="onnxruntime")
+    del wrapper
+    gc.collect()
+    assert [reference() for reference in references] == [None] * len(references)
 
 
 def _generate(model: Any, processor: Any, image: Any, prompt: str) -> list[int]:

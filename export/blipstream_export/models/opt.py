@@ -44,12 +44,13 @@ class OPTDecoder(nn.Module):
                 layer.self_attn = None
         norm = decoder.final_layer_norm
         self.final_norm = None if norm is None else affine_norm(norm)
-        self.lm_head = source.lm_head
+        tied = source.lm_head.weight is self.embed_tokens.weight
+        self.lm_head = None if tied else source.lm_head  # one name for a tied tensor, so that nothing holds another
         self.num_layers = int(config.num_hidden_layers)
         self.num_kv_heads = int(config.num_attention_heads)
         self.head_dim = padded_head_dim(config.hidden_size // config.num_attention_heads)
         self.embed_dim = int(self.embed_tokens.embedding_dim)
-        self.vocab_size = int(self.lm_head.out_features)
+        self.vocab_size = int(source.lm_head.out_features)
         self.max_positions = int(config.max_position_embeddings)
 
     def forward(
@@ -102,7 +103,7 @@ class OPTDecoder(nn.Module):
             hidden = self.final_norm(hidden)
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        return self.lm_head(hidden)
+        return nn.functional.linear(hidden, (self.lm_head or self.embed_tokens).weight)
 
 
 class _OPTLayer(nn.Module):
