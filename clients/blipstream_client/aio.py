@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,10 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
     on the server. ``anext`` raises a :class:`~blipstream.errors.ClientError` when the request fails.
     """
 
-    def __init__(self, start: Callable[[], Awaitable[Any]], url: str, timeout: float | None) -> None:
+    def __init__(self, client: AsyncClient, start: Callable[[], Awaitable[Any]], timeout: float | None) -> None:
+        self._client = client
         self._start = start
         self._call: Any = None
-        self._url = url
         self._timeout = timeout
         self._complete = False
         self._closed = False
@@ -41,21 +42,38 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
         if self._closed:
             raise StopAsyncIteration
         if self._call is None:
-            self._call = await self._start()
-        try:
-            response = await self._call.read()
-        except grpc.RpcError as error:
-            raise core.client_error(error, self._url, self._timeout) from error
+            await self._begin()
+        response = await self._read()
         if response is grpc.aio.EOF:
             if not self._complete:
-                raise core.incomplete(self._url)
+                raise core.incomplete(self._client.url)
             raise StopAsyncIteration
-        chunk = core.decode_response(response, self._url)
+        chunk = core.decode_response(response, self._client.url)
         self._complete = self._complete or chunk.is_last
         return chunk
 
+    async def _begin(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._call = await self._start()
+        if self._closed:  # while the image was read
+            self._call.cancel()
+            raise StopAsyncIteration
+
+    async def _read(self) -> Any:
+        try:
+            return await self._call.read()
+        except grpc.RpcError as error:
+            raise core.client_error(error, self._client.url, self._timeout) from error
+        except asyncio.CancelledError:
+            # grpcio raises it for a call that was cancelled, too, where it is not the task that is to end
+            if self._closed:
+                raise StopAsyncIteration from None
+            if self._client.closed:
+                raise core.closed(self._client.url) from None
+            raise
+
     async def aclose(self) -> None:
-        """End the request; the server stops generating. Does nothing once the text is complete."""
+        """End the stream; a server that is still generating stops."""
         self._closed = True
         if self._call is not None:
             self._call.cancel()
@@ -67,6 +85,11 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def __del__(self) -> None:  # grpcio itself holds on to a call that is running
+        if self._call is not None and not self._call.done():
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the call with it
+                self._loop.call_soon_threadsafe(self._call.cancel)
 
 
 class AsyncClient:
@@ -89,10 +112,11 @@ class AsyncClient:
         """
         self.url = transport.check_url(url)
         self._model = model
-        self._timeout = timeout
+        self._timeout = core.check_timeout(timeout)
         self._credentials = credentials
         self._channel: Any = None
-        self._closed = False
+        self.closed = False
+        """Whether :meth:`aclose` was called."""
 
     async def generate(
         self, image: ImageSource, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
@@ -127,7 +151,7 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Close the connection; requests that are running are cancelled."""
-        self._closed = True
+        self.closed = True
         if self._channel is not None:
             await self._channel.close()
 
@@ -143,7 +167,7 @@ class AsyncClient:
         self, image: ImageSource, prompt: str, options: dict[str, object], timeout: float | None, *, stream: bool
     ) -> AsyncTextStream:
         check_names(options)
-        timeout = self._timeout if timeout is None else timeout
+        timeout = self._timeout if timeout is None else core.check_timeout(timeout)
 
         async def start() -> Any:
             # reading a file, or compressing a Pillow image, would hold up the event loop
@@ -151,10 +175,10 @@ class AsyncClient:
             request = core.encode_request(self._model, data, prompt, options, stream=stream)
             return self._method()(request, timeout=timeout)
 
-        return AsyncTextStream(start, self.url, timeout)
+        return AsyncTextStream(self, start, timeout)
 
     def _method(self) -> Any:
-        if self._closed:
+        if self.closed:
             raise core.closed(self.url)
         if self._channel is None:  # made here, because a channel belongs to the event loop that is running
             if self._credentials is None:

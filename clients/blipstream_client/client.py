@@ -31,6 +31,7 @@ class TextStream(Iterator[TextChunk]):
         self._url = url
         self._timeout = timeout
         self._complete = False
+        self._closed = False
 
     def __next__(self) -> TextChunk:
         try:
@@ -40,13 +41,16 @@ class TextStream(Iterator[TextChunk]):
                 raise core.incomplete(self._url) from None
             raise
         except grpc.RpcError as error:
+            if self._closed:
+                raise StopIteration from None
             raise core.client_error(error, self._url, self._timeout) from error
         chunk = core.decode_response(response, self._url)
         self._complete = self._complete or chunk.is_last
         return chunk
 
     def close(self) -> None:
-        """End the request; the server stops generating. Does nothing once the text is complete."""
+        """End the stream; a server that is still generating stops. May be called by another thread."""
+        self._closed = True
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -55,6 +59,9 @@ class TextStream(Iterator[TextChunk]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def __del__(self) -> None:  # grpcio itself holds on to a call that is running
         self.close()
 
 
@@ -81,7 +88,7 @@ class Client:
         """
         self.url = transport.check_url(url)
         self._model = model
-        self._timeout = timeout
+        self._timeout = core.check_timeout(timeout)
         if credentials is None:
             self._channel = grpc.insecure_channel(url, options=transport.CHANNEL_OPTIONS)
         else:
@@ -139,7 +146,7 @@ class Client:
         self, image: ImageSource, prompt: str, options: dict[str, object], timeout: float | None, *, stream: bool
     ) -> TextStream:
         request = core.encode_request(self._model, image_bytes(image), prompt, options, stream=stream)
-        timeout = self._timeout if timeout is None else timeout
+        timeout = self._timeout if timeout is None else core.check_timeout(timeout)
         try:
             call = self._call(request, timeout=timeout)
         except ValueError as error:  # grpcio's way of saying that the channel was closed

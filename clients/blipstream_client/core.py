@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast, get_args
@@ -58,6 +59,20 @@ def encode_request(
         if values:
             _add_tensor(request, spec, values)
     return request
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """Return the timeout, in seconds; None waits for ever.
+
+    Raises:
+        InvalidRequestError: it is not a positive, finite number.
+    """
+    if timeout is None:
+        return None
+    (seconds,) = _floats("timeout", timeout)
+    if not 0 < seconds < math.inf:
+        raise InvalidRequestError(f"timeout must be a finite number of seconds above 0, but it is {seconds}")
+    return seconds
 
 
 def _add_tensor(request: service_pb2.ModelInferRequest, spec: TensorSpec, values: Sequence[Any]) -> None:

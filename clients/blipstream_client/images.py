@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from blipstream.errors import InvalidImageError
 
@@ -18,6 +18,9 @@ ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryvie
 
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"})
 """Pillow's pixel modes that PNG keeps as they are."""
+
+_WITH_ALPHA = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
+"""For each other mode with transparency, the one that it is sent in; what is left is sent as RGB."""
 
 
 def image_bytes(image: ImageSource) -> bytes:
@@ -48,16 +51,23 @@ def _read(image: ImageSource) -> bytes:
     if _is_pillow(image):
         return _encode_png(image)  # type: ignore[arg-type]
     if hasattr(image, "read"):
-        data = image.read()
-        if not isinstance(data, bytes):
-            raise InvalidImageError(
-                f"an image file must be opened in binary mode, but reading it gave {type(data).__name__}"
-            )
-        return data
+        return _read_open(image)
     raise TypeError(
         "an image must be a path, bytes, a file opened in binary mode or a Pillow image, "
         f"but it is of the type {type(image).__name__}"
     )
+
+
+def _read_open(file: Any) -> bytes:
+    if isinstance(file, io.TextIOBase):
+        raise InvalidImageError("an image file must be opened in binary mode, but it is opened as text")
+    try:
+        data = file.read()
+    except (OSError, ValueError) as error:
+        raise InvalidImageError(f"the image file cannot be read: {error}") from None
+    if not isinstance(data, bytes):
+        raise InvalidImageError(f"reading an image file must give bytes, but it gave {type(data).__name__}")
+    return data
 
 
 def _is_pillow(image: object) -> bool:
@@ -69,8 +79,7 @@ def _is_pillow(image: object) -> bool:
 def _encode_png(image: Image) -> bytes:
     exif = image.getexif()
     if image.mode not in _PNG_MODES:
-        transparent = not {"A", "a"}.isdisjoint(image.getbands())
-        image = image.convert("RGBA" if transparent else "RGB")
+        image = image.convert(_WITH_ALPHA.get(image.mode, "RGB"))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1, exif=exif)
     return buffer.getvalue()

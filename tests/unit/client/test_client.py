@@ -1,0 +1,328 @@
+"""Both clients against a real gRPC server: answers, streams, cancellation, deadlines, failures, retries."""
+
+from __future__ import annotations
+
+import gc
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blipstream_client import Generation
+
+from blipstream.errors import (
+    ClientError,
+    DeadlineExceededError,
+    InvalidImageError,
+    InvalidRequestError,
+    RequestRefusedError,
+    ServerUnavailableError,
+)
+from tests.unit.client.fake_server import INPUT_TOKENS, PATIENCE_S, WORDS, FakeServer, wait_until
+
+IMAGE = b"an image file"
+TEXT = "".join(WORDS)
+TOKENS = (10, 11, 12, 13)
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_generate_gives_the_whole_text(client: Any, server: FakeServer) -> None:
+    assert client.generate(IMAGE, "a photo of") == Generation(TEXT, "eos", INPUT_TOKENS, len(TOKENS), TOKENS)
+    inputs = server.inputs()
+    assert inputs["image"] == ("BYTES", [1, 1], [IMAGE])
+    assert inputs["text_input"] == ("BYTES", [1, 1], [b"a photo of"])
+    assert inputs["stream"] == ("BOOL", [1, 1], [False])
+    assert server.requests[-1].model_name == "blip2"
+
+
+def test_a_stream_gives_the_text_piece_by_piece(client: Any, server: FakeServer) -> None:
+    chunks = list(client.stream(IMAGE, "a photo of"))
+    assert [chunk.text for chunk in chunks] == [*WORDS, ""]
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, None, "eos"]
+    assert [chunk.is_last for chunk in chunks] == [False, False, False, True]
+    assert [chunk.num_output_tokens for chunk in chunks] == [1, 2, 3, 4]
+    assert Generation.join(chunks) == client.generate(IMAGE, "a photo of")
+    assert server.inputs(0)["stream"][2] == [True]
+
+
+def test_caption_sends_an_empty_prompt(client: Any, server: FakeServer, tmp_path: Path) -> None:
+    file = tmp_path / "image.png"
+    file.write_bytes(IMAGE)
+    assert client.caption(file, max_tokens=7).text == TEXT
+    assert server.inputs()["text_input"][2] == [b""]
+    assert server.inputs()["image"][2] == [IMAGE]
+    assert server.inputs()["max_tokens"] == ("INT32", [1, 1], [7])
+
+
+def test_ask_puts_the_question_into_a_template(client: Any, server: FakeServer) -> None:
+    assert client.ask(IMAGE, "What {is} it?").text == TEXT
+    assert server.inputs()["text_input"][2] == [b"Question: What {is} it? Answer:"]
+    client.ask(IMAGE, "What is it?", template="Q: {} A:", seed=3)
+    assert server.inputs()["text_input"][2] == [b"Q: What is it? A:"]
+    client.ask(IMAGE, "What is it?", template="{}")
+    assert server.inputs()["text_input"][2] == [b"What is it?"]
+
+
+def test_log_probs_come_with_their_tokens(client: Any) -> None:
+    generation = client.generate(IMAGE, log_probs=True)
+    assert generation.log_probs == (-0.5,) * len(TOKENS)
+    assert Generation.join(list(client.stream(IMAGE, log_probs=True))) == generation
+    assert client.generate(IMAGE).log_probs == ()
+
+
+def test_another_model_can_be_asked(connect: Callable[..., Any], server: FakeServer) -> None:
+    connect(server.url, model="other").caption(IMAGE)
+    assert server.requests[-1].model_name == "other"
+
+
+@pytest.mark.parametrize("size", [6 << 20, 40 << 20])
+def test_messages_may_be_larger_than_grpcs_default(connect: Callable[..., Any], size: int) -> None:
+    server = FakeServer(echo_bytes=6 << 20)
+    try:
+        image = bytes(size)
+        generation = connect(server.url).caption(image)
+        assert server.inputs()["image"][2] == [image]
+        assert generation.text == "x" * (6 << 20)
+    finally:
+        server.close()
+
+
+# --- many at once ----------------------------------------------------------------------------------------------------
+
+
+def test_many_streams_share_one_connection(client: Any, server: FakeServer) -> None:
+    count = 32
+
+    def ask(_: int) -> str:
+        return "".join(chunk.text for chunk in client.stream(IMAGE, f"meet {count}"))  # all or none are answered
+
+    with ThreadPoolExecutor(count) as pool:
+        assert list(pool.map(ask, range(count))) == [TEXT] * count
+    assert len(server.peers) == 1
+
+
+# --- cancelling ------------------------------------------------------------------------------------------------------
+
+
+def test_closing_a_stream_cancels_its_request_alone(client: Any, server: FakeServer) -> None:
+    kept, left = client.stream(IMAGE, "slow"), client.stream(IMAGE, "slow")
+    next(kept)
+    next(left)
+    left.close()
+    assert server.cancelled.acquire(timeout=PATIENCE_S)
+    assert list(left) == []
+    assert not server.cancelled.acquire(timeout=0.2)
+    kept.close()
+    assert server.cancelled.acquire(timeout=PATIENCE_S)
+
+
+def test_leaving_a_with_block_cancels(client: Any, server: FakeServer) -> None:
+    with client.stream(IMAGE, "slow") as stream:
+        next(stream)
+    assert server.cancelled.acquire(timeout=PATIENCE_S)
+
+
+def test_dropping_a_stream_cancels(client: Any, server: FakeServer) -> None:
+    stream = client.stream(IMAGE, "slow")
+    next(stream)
+    del stream
+    gc.collect()
+    assert server.cancelled.acquire(timeout=PATIENCE_S)
+
+
+def test_closing_a_finished_stream_does_nothing(client: Any) -> None:
+    with client.stream(IMAGE) as stream:
+        assert len(list(stream)) == 4
+        stream.close()
+    assert client.caption(IMAGE).text == TEXT
+
+
+def test_closing_a_stream_ends_the_wait_for_its_next_chunk(client: Any, server: FakeServer) -> None:
+    stream = client.stream(IMAGE, "slow")
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(list, stream)
+        stream.close()
+        assert rest.result(PATIENCE_S) == []
+
+
+def test_closing_the_client_ends_its_streams(client: Any, server: FakeServer) -> None:
+    stream = client.stream(IMAGE, "slow")
+    next(stream)
+    client.close()
+    assert server.cancelled.acquire(timeout=PATIENCE_S)
+    with pytest.raises(ClientError):
+        next(stream)
+    with pytest.raises(ClientError, match=rf"^the client of {server.url} is closed$"):
+        client.caption(IMAGE)
+
+
+# --- deadlines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["silent", "slow"])
+def test_a_deadline_ends_the_request_on_both_sides(client: Any, server: FakeServer, prompt: str) -> None:
+    with pytest.raises(DeadlineExceededError, match=rf"^the server at {server.url} did not complete .* within 0.3 s$"):
+        client.generate(IMAGE, prompt, timeout=0.3)
+    assert server.cancelled.acquire(timeout=PATIENCE_S)
+
+
+def test_a_deadline_holds_for_the_whole_stream(client: Any) -> None:
+    stream = client.stream(IMAGE, "slow", timeout=0.3)
+    assert next(stream).text == " a"
+    with pytest.raises(TimeoutError):
+        next(stream)
+
+
+def test_a_client_has_a_timeout_for_requests_without_one(connect: Callable[..., Any], server: FakeServer) -> None:
+    client = connect(server.url, timeout=0.2)
+    with pytest.raises(DeadlineExceededError, match=r"within 0\.2 s"):
+        client.generate(IMAGE, "silent")
+    with pytest.raises(DeadlineExceededError, match=r"within 0\.4 s"):
+        client.generate(IMAGE, "silent", timeout=0.4)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), "1", True])
+def test_a_timeout_is_a_positive_number(connect: Callable[..., Any], server: FakeServer, timeout: Any) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^timeout must be a "):
+        connect(server.url).generate(IMAGE, timeout=timeout)
+    with pytest.raises(InvalidRequestError, match=r"^timeout must be a "):
+        connect(server.url, timeout=timeout)
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "expected"),
+    [
+        ("INVALID_ARGUMENT: top_k must be: small", RequestRefusedError, "top_k must be: small"),
+        (
+            "UNAVAILABLE: the queue is full",
+            ServerUnavailableError,
+            "the server at {url} is unavailable: the queue is full",
+        ),
+        ("INTERNAL: it broke", ClientError, "the server at {url} failed the request (INTERNAL): it broke"),
+        ("why: not", ClientError, "the server at {url} failed the request (UNKNOWN): why: not"),
+    ],
+)
+def test_a_failed_request_says_why(
+    client: Any, server: FakeServer, message: str, kind: type[ClientError], expected: str
+) -> None:
+    for call in (client.generate, lambda *request: list(client.stream(*request))):
+        with pytest.raises(ClientError) as failure:
+            call(IMAGE, f"fail {message}")
+        assert type(failure.value) is kind
+        assert str(failure.value) == expected.format(url=server.url)
+
+
+def test_a_refused_request_is_an_invalid_request(client: Any) -> None:
+    with pytest.raises(InvalidRequestError):
+        client.generate(IMAGE, "fail INVALID_ARGUMENT: no")
+
+
+def test_a_broken_call_says_why(client: Any, server: FakeServer) -> None:
+    stream = client.stream(IMAGE, "break DATA_LOSS")
+    assert next(stream).text == " a"
+    with pytest.raises(ClientError, match=rf"^the server at {server.url} failed the request \(DATA_LOSS\): it broke$"):
+        next(stream)
+
+
+def test_a_stream_that_ends_too_early_is_an_error(client: Any, server: FakeServer) -> None:
+    with pytest.raises(
+        ClientError, match=rf"^the server at {server.url} ended the stream before the text was complete$"
+    ):
+        client.generate(IMAGE, "cut")
+    stream = client.stream(IMAGE, "cut")
+    assert next(stream).text == " a"
+    with pytest.raises(ClientError, match="before the text was complete"):
+        next(stream)
+
+
+def test_a_server_that_is_not_blipstreams_is_told_apart(client: Any, server: FakeServer) -> None:
+    with pytest.raises(ClientError, match=rf"{server.url} lacks finish_reason: is the model served there Blipstream's"):
+        client.generate(IMAGE, "bare")
+    with pytest.raises(ClientError, match="for the reason 'tired', which this client does not know: it knows eos, "):
+        client.generate(IMAGE, "reason tired")
+
+
+def test_an_unreachable_server_is_named(connect: Callable[..., Any]) -> None:
+    url = f"127.0.0.1:{free_port()}"
+    with pytest.raises(ServerUnavailableError, match=rf"^the server at {url} is unavailable: .*[Cc]onnect"):
+        connect(url).caption(IMAGE)
+
+
+@pytest.mark.parametrize("url", ["", "http://localhost:8000", "https://localhost:8001"])
+def test_an_http_address_is_refused(connect: Callable[..., Any], url: str) -> None:
+    with pytest.raises(InvalidRequestError, match=rf"must be HOST:PORT of its gRPC endpoint, but it is '{url}'"):
+        connect(url)
+
+
+def test_bad_requests_are_refused_before_they_are_sent(client: Any, server: FakeServer, tmp_path: Path) -> None:
+    for call in (client.generate, client.caption, lambda image, **options: list(client.stream(image, **options))):
+        with pytest.raises(TypeError, match="unknown decoding option 'max_token': did you mean 'max_tokens'"):
+            call(IMAGE, max_token=3)
+        with pytest.raises(InvalidRequestError, match="max_tokens must be an integer, but it is 'three'"):
+            call(IMAGE, max_tokens="three")
+        with pytest.raises(InvalidImageError, match=r"missing\.png' cannot be read: No such file"):
+            call(tmp_path / "missing.png")
+    with pytest.raises(InvalidRequestError, match=r"template must hold \{\} exactly once, but it is 'Q:'"):
+        client.ask(IMAGE, "What is it?", template="Q:")
+    assert server.requests == []
+
+
+# --- retries ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [10, 5 << 20])
+def test_a_call_that_was_turned_away_is_sent_again(client: Any, server: FakeServer, size: int) -> None:
+    server.unavailable = 3
+    assert client.caption(bytes(size)).text == TEXT
+    assert len(server.metadata) == 4
+    assert server.metadata[-1]["grpc-previous-rpc-attempts"] == "3"
+    assert len(server.requests) == 1
+
+
+def test_retries_end(client: Any, server: FakeServer) -> None:
+    server.unavailable = 100
+    with pytest.raises(ServerUnavailableError, match=rf"^the server at {server.url} is unavailable: not yet$"):
+        client.caption(IMAGE)
+    assert len(server.metadata) == 4
+
+
+def test_nothing_is_sent_again_once_text_has_come(client: Any, server: FakeServer) -> None:
+    stream = client.stream(IMAGE, "break UNAVAILABLE")
+    assert next(stream).text == " a"
+    with pytest.raises(ServerUnavailableError, match="it broke"):
+        next(stream)
+    assert len(server.requests) == 1
+
+
+def test_a_client_outlives_a_restart_of_the_server(connect: Callable[..., Any]) -> None:
+    port = free_port()
+    client = connect(f"127.0.0.1:{port}")
+    for _ in range(2):
+        server = FakeServer(port)
+
+        def answers() -> bool:
+            try:
+                return bool(client.caption(IMAGE).text == TEXT)
+            except ServerUnavailableError:
+                return False
+
+        try:
+            wait_until(answers)
+        finally:
+            server.close()
+        with pytest.raises(ServerUnavailableError):
+            client.caption(IMAGE)
