@@ -22,3 +22,9 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_bundle(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
     output = tmp_path_factory.mktemp("bundles") / "random"
     return build(str(random_checkpoint), output, BuildOptions(max_sequences=5))
+
+
+@pytest.fixture
+def checkpoint(random_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(random_checkpoint, tmp_path / "checkpoint"))

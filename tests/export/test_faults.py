@@ -1,0 +1,200 @@
+"""What is wrong with a checkpoint is said in one sentence, and nothing is left behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from blipstream_export.build import build
+
+from blipstream.errors import CheckpointError, UnsupportedCheckpointError
+from tests.export.damage import (
+    Fault,
+    append,
+    cut,
+    edit,
+    other_tokenizer,
+    processor,
+    put,
+    remove,
+    shard,
+    shards,
+    weights,
+    write,
+)
+
+FAULTS: dict[str, tuple[Fault, type[CheckpointError], str]] = {
+    # --- of a kind that is not served
+    "another model": (
+        put(model_type="llava", architectures=["LlavaForConditionalGeneration"]),
+        UnsupportedCheckpointError,
+        r"a kind that Blipstream does not serve \(model_type 'llava', architecture LlavaForConditionalGeneration.*"
+        r"it serves Blip2ForConditionalGeneration with a language model of type 'opt'",
+    ),
+    "another architecture": (
+        put(architectures=["Blip2ForImageTextRetrieval"]),
+        UnsupportedCheckpointError,
+        "architecture Blip2ForImageTextRetrieval",
+    ),
+    "another language model": (
+        put(text_config__model_type="t5"),
+        UnsupportedCheckpointError,
+        "language model 't5'",
+    ),
+    "no begin token": (put(text_config__bos_token_id=None), UnsupportedCheckpointError, "has no bos_token_id"),
+    "embeddings wider than the hidden state": (
+        put(text_config__word_embed_proj_dim=60),
+        UnsupportedCheckpointError,
+        "embeddings of width 60, wider than its hidden state of 48",
+    ),
+    "images cropped": (processor(do_center_crop=True), UnsupportedCheckpointError, "do_center_crop = true"),
+    "images not normalised": (processor(do_normalize=False), UnsupportedCheckpointError, "do_normalize = false"),
+    "an unknown filter": (processor(resample=5), UnsupportedCheckpointError, "resamples by filter 5"),
+    # --- files missing or damaged
+    "no configuration": (remove("config.json"), CheckpointError, "holds no config.json"),
+    "configuration cut short": (cut("config.json", lambda size: size // 2), CheckpointError, "is not valid JSON"),
+    "configuration a list": (write("config.json", b"[]"), CheckpointError, "must hold a JSON object, but it holds a l"),
+    "impossible configuration": (put(vision_config__patch_size="x"), CheckpointError, "config.json cannot be loaded"),
+    "no weights": (
+        remove("model.safetensors"),
+        CheckpointError,
+        "holds no weights: expected model.safetensors or model.safetensors.index.json",
+    ),
+    "pickled weights": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None,
+        CheckpointError,
+        "holds its weights as pytorch_model.bin, and Blipstream reads safetensors",
+    ),
+    "weights truncated": (
+        cut("model.safetensors", lambda size: size - 1),
+        CheckpointError,
+        r"model.safetensors is truncated: it holds \d+ bytes, and its header declares \d+",
+    ),
+    "weights truncated in the header": (
+        cut("model.safetensors", lambda _: 100),
+        CheckpointError,
+        "truncated: it ends within its header, after 100 bytes",
+    ),
+    "weights empty": (cut("model.safetensors", lambda _: 0), CheckpointError, "truncated: it holds 0 bytes"),
+    "weights with a tail": (
+        append("model.safetensors", b"x"),
+        CheckpointError,
+        "is damaged: it holds",
+    ),
+    "weights of another format": (
+        write("model.safetensors", b"PK\x03\x04 a pickle of torch"),
+        CheckpointError,
+        r"is not a safetensors file: it declares a header of \d+ bytes",
+    ),
+    "weights with a broken header": (
+        write("model.safetensors", (2).to_bytes(8, "little") + b"[]"),
+        CheckpointError,
+        "is not a safetensors file: its header cannot be read",
+    ),
+    "a shard missing": (
+        shards(lambda folder: shard(folder, 1).unlink()),
+        CheckpointError,
+        r"lacks the shard model-00002-of-\d+.safetensors, one of \d+ that its index names",
+    ),
+    "a shard truncated": (
+        shards(lambda folder: cut(shard(folder, -1).name, lambda size: size - 4000)(folder)),
+        CheckpointError,
+        r"model-\d+-of-\d+.safetensors is truncated",
+    ),
+    "a shard of another model": (
+        shards(lambda folder: shutil.copy(shard(folder, 0), shard(folder, 1)) and None),
+        CheckpointError,
+        r"the shard .* lacks the tensor .*, which the index places there",
+    ),
+    "an empty index": (
+        shards(write("model.safetensors.index.json", b"{}")),
+        CheckpointError,
+        "has no weight_map",
+    ),
+    # --- contents that do not fit together
+    "a tensor missing": (
+        weights(lambda tensors: tensors.pop("language_projection.weight")),
+        CheckpointError,
+        "lacks the tensor language_projection.weight that its configuration asks for",
+    ),
+    "tensors missing": (
+        put(text_config__num_hidden_layers=3),
+        CheckpointError,
+        r"lacks 16 tensors \(language_model.model.decoder.layers.2.fc1.bias, .*, ...\)",
+    ),
+    "a tensor of another shape": (
+        put(text_config__ffn_dim=81),
+        CheckpointError,
+        r"the tensor language_model.model.decoder.layers.0.fc1.bias of .* has shape \(80,\), and its configuration "
+        r"asks for \(81,\) \(and \d+ more\)",
+    ),
+    "no query tokens": (
+        weights(lambda tensors: tensors.pop("query_tokens")),
+        CheckpointError,
+        "lacks the tensor query_tokens",
+    ),
+    "another number of query tokens": (
+        put(num_query_tokens=32),
+        CheckpointError,
+        "declares num_query_tokens = 32, but the tensor query_tokens holds 6",
+    ),
+    "another number of placeholders": (
+        edit("processor_config.json", lambda config: config.update(num_query_tokens=7)),
+        CheckpointError,
+        "the processor of .* declares num_query_tokens = 7, but the tensor query_tokens holds 6",
+    ),
+    "images of another size": (
+        processor(size={"height": 32, "width": 32}),
+        CheckpointError,
+        "and the vision encoder reads 28 x 28",
+    ),
+    # --- a wrong tokenizer
+    "no tokenizer": (
+        remove("tokenizer.json", "tokenizer_config.json"),
+        CheckpointError,
+        "holds no tokenizer: expected one of tokenizer.json, vocab.json",
+    ),
+    "a damaged tokenizer": (
+        cut("tokenizer.json", lambda size: size // 2),
+        CheckpointError,
+        "the tokenizer and image processor of .* cannot be loaded",
+    ),
+    "no image processor": (
+        remove("processor_config.json"),
+        CheckpointError,
+        "holds no image processor: expected one of processor_config.json, preprocessor_config.json",
+    ),
+    "a larger tokenizer": (
+        other_tokenizer(vocab_size=330),
+        CheckpointError,
+        r"is not that of its language model: token '<image>' has id 329, and the language model's vocab_size is 320",
+    ),
+    "a tokenizer of other ids": (
+        edit("tokenizer_config.json", lambda config: config.update(bos_token="<s>")),
+        CheckpointError,
+        "its bos_token has id 0, and the language model's bos_token_id is 2",
+    ),
+    "a tokenizer with another placeholder": (
+        put(image_token_index=317),
+        CheckpointError,
+        "<image> has id 319, and the configuration has image_token_index = 317",
+    ),
+    "an end token outside the vocabulary": (
+        put(text_config__eos_token_id=[2, 320]),
+        CheckpointError,
+        r"eos_token_id = \[2, 320\] is outside the language model's vocabulary of 320 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_one_sentence_and_leaves_nothing(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    fault, error, message = FAULTS[name]
+    fault(checkpoint)
+    with pytest.raises(error, match=message) as raised:
+        build(str(checkpoint), tmp_path / "bundle")
+    assert type(raised.value) is error
+    assert "\n" not in str(raised.value)
+    assert not str(raised.value).endswith(".")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
