@@ -39,7 +39,7 @@ class DecodingOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     """Strings that end the text; they are not part of it."""
     bad_words: str | Sequence[str]
-    """Strings that are never generated."""
+    """Strings whose sequence of tokens is never generated."""
     log_probs: bool
     """Answer the log probability of each token."""
 

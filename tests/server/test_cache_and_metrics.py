@@ -11,7 +11,7 @@ import tritonclient.grpc as triton
 
 from blipstream.triton.server import TritonServer
 from tests.checkpoints import TinySizes, make_images
-from tests.server.wire import ask, generate, metric, metrics, png, wait_until
+from tests.server.wire import ask, generate, metric, metrics, png, settled, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -28,7 +28,7 @@ def test_a_repeated_image_runs_neither_vit_nor_qformer(server: TritonServer) -> 
     models = ("preprocess", "vision_encoder", "qformer")
     first = ask(server.grpc_url, image=image, max_tokens=5)
     before = [runs(server, model) for model in models]
-    hits = metric(server, "blipstream_feature_cache_hits_total")
+    hits = settled(server, "blipstream_feature_cache_hits_total")
     for sent in (image, base64.b64encode(image), image):
         assert ask(server.grpc_url, image=sent, max_tokens=5).token_ids == first.token_ids
     ask(server.grpc_url, image=image, text_input="another question", max_tokens=5, stream=False)
@@ -40,7 +40,7 @@ def test_a_new_image_runs_each_model_once(server: TritonServer) -> None:
     (image,) = (png(picture) for picture in make_images(1, seed=1002))
     models = ("preprocess", "vision_encoder", "qformer")
     before = [runs(server, model) for model in models]
-    misses, size = (metric(server, f"blipstream_feature_cache_{name}") for name in ("misses_total", "bytes"))
+    misses, size = (settled(server, f"blipstream_feature_cache_{name}") for name in ("misses_total", "bytes"))
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda _: ask(server.grpc_url, image=image, max_tokens=4).token_ids, range(8)))
     assert all(tokens == replies[0] for tokens in replies)
@@ -72,11 +72,11 @@ def test_concurrent_new_images_share_batches(server: TritonServer) -> None:
 
 def test_a_failed_image_is_not_kept(server: TritonServer) -> None:
     (image,) = (png(picture) for picture in make_images(1, seed=1004))
-    before = metric(server, "blipstream_feature_cache_bytes")
+    before = settled(server, "blipstream_feature_cache_bytes")
     for _ in range(2):
         with pytest.raises(triton.InferenceServerException, match="truncated or damaged"):
             ask(server.grpc_url, image=image[:-200])
-    assert metric(server, "blipstream_feature_cache_bytes") == before
+    assert settled(server, "blipstream_feature_cache_bytes") == before
 
 
 def test_metrics_tell_what_happens(server: TritonServer, image: bytes) -> None:
@@ -90,6 +90,7 @@ def test_metrics_tell_what_happens(server: TritonServer, image: bytes) -> None:
             "invalid": metric(server, "blipstream_requests_total", outcome="invalid"),
         }
 
+    settled(server, "blipstream_generated_tokens_total")
     before = read()
     reply = ask(server.grpc_url, image=image, max_tokens=700, min_tokens=700)
     with pytest.raises(triton.InferenceServerException):
@@ -102,7 +103,9 @@ def test_metrics_tell_what_happens(server: TritonServer, image: bytes) -> None:
         "ended": before["ended"] + 1,
         "invalid": before["invalid"] + 1,
     }
-    wait_until(lambda: read() == expected)
+    wait_until(lambda: read()["ended"] > before["ended"] and read()["invalid"] > before["invalid"])
+    settled(server, "blipstream_generated_tokens_total")
+    assert read() == expected
     samples = metrics(server)
     assert metric(server, "blipstream_tokens_per_second") > 0
     assert any(name.startswith("blipstream_time_to_first_token_seconds_bucket{") for name in samples)

@@ -9,7 +9,7 @@ import tritonclient.grpc as triton
 
 from blipstream.triton.server import TritonServer
 from tests.server.conftest import SLOTS
-from tests.server.wire import Stream, ask, ask_unary, infer_inputs, metric, occupied, refusal, wait_until
+from tests.server.wire import Stream, ask, ask_unary, infer_inputs, metric, occupied, refusal, settled, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -23,6 +23,13 @@ def idle(server: TritonServer) -> bool:
 
 def cancelled(server: TritonServer) -> float:
     return metric(server, "blipstream_requests_total", outcome="cancelled")
+
+
+@pytest.fixture(autouse=True)
+def _idle_before(server: TritonServer) -> None:
+    """Each test counts from a server that has nothing to do and has told so."""
+    wait_until(lambda: idle(server))
+    settled(server, "blipstream_requests_total")
 
 
 def test_cancelling_a_stream_frees_its_slot(server: TritonServer, image: bytes) -> None:

@@ -25,6 +25,8 @@ from blipstream.triton.server import TritonServer
 
 PATIENCE_S = 300.0
 """How long a test waits for something that must come about; machines may be busy."""
+PUBLICATION_S = 1.0
+"""Longer than the time between two publications of the metrics."""
 
 _DTYPES: dict[str, Any] = {
     "BYTES": np.object_,
@@ -191,6 +193,16 @@ def metric(server: TritonServer, name: str, **labels: str) -> float:
         for sample, value in metrics(server).items()
         if sample.partition("{")[0] == name and all(label in sample for label in wanted)
     )
+
+
+def settled(server: TritonServer, name: str, **labels: str) -> float:
+    """A counter once it stands still: the server publishes what it counts some times a second."""
+    value = metric(server, name, **labels)
+    while True:
+        time.sleep(PUBLICATION_S)
+        before, value = value, metric(server, name, **labels)
+        if value == before:
+            return value
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
