@@ -37,12 +37,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "odd": {"hidden_size": 35, "num_attention_heads": 5, "num_hidden_layers": 1, "word_embed_proj_dim": 35},
 }
 
+SEEDS = {"projected": 7}
+"""Where it is not 3, under which the checkpoint's own two best logits tie once to all digits."""
+
 
 class Served:
     """A checkpoint in transformers, and its bundle's decoder behind a loop."""
 
-    def __init__(self, folder: Path, opt: dict[str, Any]) -> None:
-        checkpoint = save_blip2_opt(folder / "checkpoint", opt=opt, seed=3)
+    def __init__(self, folder: Path, opt: dict[str, Any], seed: int) -> None:
+        checkpoint = save_blip2_opt(folder / "checkpoint", opt=opt, seed=seed)
         bundle = build(str(checkpoint), folder / "bundle", BuildOptions(max_sequences=3, max_tokens=64)).bundle
         self.model = transformers.Blip2ForConditionalGeneration.from_pretrained(checkpoint).eval()
         self.processor = transformers.Blip2Processor.from_pretrained(checkpoint)
@@ -98,7 +101,7 @@ class Served:
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return Served(tmp_path_factory.mktemp(request.param), VARIANTS[request.param])
+    return Served(tmp_path_factory.mktemp(request.param), VARIANTS[request.param], SEEDS.get(request.param, 3))
 
 
 @pytest.mark.parametrize(
