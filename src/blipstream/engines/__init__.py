@@ -6,6 +6,7 @@ of a decoder graph into what the decode loop needs: a language model with a KV c
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ __all__ = ["BoundRun", "CachedDecoder", "Engine", "TensorInfo", "create_engine"]
 
 
 def _onnxruntime(path: Path, threads: int | None) -> Engine:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at its import; the wheel reports to its maker otherwise
     from blipstream.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(path, threads=threads)

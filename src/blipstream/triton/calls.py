@@ -97,7 +97,8 @@ class TritonCall:
     """A :class:`Call` over a request of the Python backend.
 
     Triton frees a request's state with its final response. A question about it after that would read freed memory in
-    the server's own process; so questions and the final response take turns, and none is asked afterwards.
+    the server's own process; so questions and the final response take turns, and none is asked afterwards. Nor is the
+    request kept: while one is held, by a traceback's frames for instance, Triton does not unload its model.
     """
 
     def __init__(self, request: Any) -> None:
@@ -112,8 +113,10 @@ class TritonCall:
         self.name = str(self.parameters.get(CALL_PARAMETER, ""))
 
     def inputs(self) -> dict[str, Array]:
-        """The inputs by name, with their batch dimension."""
-        return {tensor.name(): tensor.as_numpy() for tensor in self._request.inputs()}
+        """The inputs by name, with their batch dimension; none, once the final response was sent."""
+        with self._lock:
+            tensors = [] if self._over else self._request.inputs()
+            return {tensor.name(): tensor.as_numpy() for tensor in tensors}
 
     def is_cancelled(self) -> bool:
         """Ask Triton whether the client has cancelled; no, once the final response was sent."""
@@ -145,6 +148,7 @@ class TritonCall:
             self._over = True
             arguments = () if response is None else (response,)
             self._sender.send(*arguments, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self._request = self._sender = None
 
 
 def code_of(error: BaseException) -> str:

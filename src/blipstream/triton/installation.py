@@ -93,6 +93,7 @@ class Installation:
         variables["PYTHONPATH"] = os.pathsep.join(_import_folders(variables))
         variables["PYTHONUNBUFFERED"] = "1"
         variables["TOKENIZERS_PARALLELISM"] = "false"
+        variables.setdefault("ORT_DISABLE_TELEMETRY", "1")
         if threads:
             variables.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
         return variables

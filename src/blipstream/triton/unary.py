@@ -65,6 +65,8 @@ class ForwardedCall(TritonCall):
     def __init__(self, request: Any) -> None:
         super().__init__(request)
         self.name = uuid.uuid4().hex
+        self._output_names = list(request.requested_output_names())
+        self._timeout_us = request.timeout()
 
     def forward(self) -> None:
         """Ask ``blip2``, wait, and pass its answer on."""
@@ -91,8 +93,8 @@ class ForwardedCall(TritonCall):
             request_id=self.request_id,
             model_name=BLIP2,
             inputs=tensors,
-            requested_output_names=list(self._request.requested_output_names()),
-            timeout=self._request.timeout(),
+            requested_output_names=self._output_names,
+            timeout=self._timeout_us,
             parameters=dict(parameters),
         )
         return request.exec(decoupled=True)

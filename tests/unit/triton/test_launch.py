@@ -140,6 +140,7 @@ def test_the_environment_leads_to_this_interpreter_and_bounds_threads() -> None:
     variables = Installation.find().environment(threads=3)
     assert variables["PATH"].startswith(str(Path(sys.executable).parent))
     assert variables["OMP_NUM_THREADS"] == "3"
+    assert variables["ORT_DISABLE_TELEMETRY"] == "1"
     package = importlib.util.find_spec("blipstream")
     assert package is not None
     assert package.origin is not None

@@ -6,6 +6,7 @@ import io
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,6 +171,19 @@ def test_nothing_is_asked_after_the_final_response() -> None:
     call.fail(EngineError("broken"))
     assert not call.is_cancelled()
     assert request.questions == 2
+
+
+def test_a_request_is_let_go_with_its_final_response() -> None:
+    request = Request({"text_input": np.array([[b"x"]], np.object_)})
+    alive = weakref.ref(request)
+    call = TritonCall(request)
+    del request
+    call.send(ANSWER, final=False)
+    assert alive() is not None
+    assert set(call.inputs()) == {"text_input"}
+    call.fail(EngineError("broken"))
+    assert alive() is None
+    assert call.inputs() == {}
 
 
 def test_the_final_response_waits_for_a_question_under_way() -> None:
