@@ -15,7 +15,6 @@ from typing import Any, Literal
 from blipstream.contract import (
     BLIP2,
     BUNDLE_REVISION,
-    DECODER_FILE,
     GRAPH_FILE,
     MODEL_VERSION,
     QFORMER,
@@ -30,9 +29,8 @@ from blipstream.contract import (
 from blipstream.errors import BundleError, UnsupportedCheckpointError
 from blipstream_export.bundle import check_output, copy_models, list_files, new_bundle
 from blipstream_export.checkpoint import Checkpoint, load_model, open_checkpoint
-from blipstream_export.families import DecoderWrapper
 from blipstream_export.generation import generation_notes, generation_section
-from blipstream_export.graphs import decoder_inputs, export_graph, qformer_inputs, vision_inputs
+from blipstream_export.graphs import GraphInputs, export_graph, qformer_inputs, vision_inputs
 from blipstream_export.models.qformer import QFormer
 from blipstream_export.models.vision import VisionEncoder
 from blipstream_export.parity import ParityReport, Thresholds, measure
@@ -142,16 +140,15 @@ class _Build:
         with self._stage("checkpoint"):
             checkpoint = open_checkpoint(self._source)
             tokenizer = check_tokenizer(checkpoint)
-            max_tokens = _max_tokens(self._options, checkpoint)
+            sizes = _decoder_sizes(self._options, checkpoint)
             model = load_model(checkpoint)
-            generation = generation_section(model, image_token_id=checkpoint.config.image_token_index)
+            generation = generation_section(model, checkpoint)
             self.notes += generation_notes(model)
         with self._stage("reference"):
-            reference = compute_reference(model, checkpoint, max_tokens)
+            reference = compute_reference(model, checkpoint, sizes)
         self._export_images(model, checkpoint)
-        decoder = self._export_decoder(model, checkpoint)
-        sizes = _decoder_section(checkpoint, decoder, self._options.max_sequences, max_tokens)
-        del model, decoder
+        self._export_decoder(model, checkpoint, sizes)
+        del model
         gc.collect()  # the parity run loads the graphs: the checkpoint's weights must be gone by then
         with self._stage("bundle"):
             save_tokenizer(tokenizer, self._folder / BLIP2 / MODEL_VERSION / TOKENIZER_FILE)
@@ -177,14 +174,13 @@ class _Build:
             written(self._export(QFormer(model), inputs, QFORMER, GRAPH_FILE))
         model.qformer = None
 
-    def _export_decoder(self, model: Any, checkpoint: Checkpoint) -> DecoderWrapper:
+    def _export_decoder(self, model: Any, checkpoint: Checkpoint, sizes: DecoderSection) -> None:
         with self._stage("decoder") as written:
-            decoder: Any = checkpoint.family.wrap_decoder(model.language_model, release=True)
-            written(self._export(decoder, decoder_inputs(decoder), BLIP2, DECODER_FILE))
-        wrapper: DecoderWrapper = decoder
-        return wrapper
+            for graph in checkpoint.language.graphs(model.language_model, sizes, release=True):
+                written(self._export(graph.module, graph.inputs, BLIP2, graph.file))
+                del graph  # and its weights, before the next one is made
 
-    def _export(self, module: Any, inputs: Any, model: str, file: str) -> int:
+    def _export(self, module: Any, inputs: GraphInputs, model: str, file: str) -> int:
         return export_graph(module, inputs, self._folder / model / MODEL_VERSION / file, engine=_ENGINE)
 
     @contextmanager
@@ -196,12 +192,12 @@ class _Build:
         self.stages.append(StageResult(name, time.perf_counter() - started, sum(sizes) if sizes else None))
 
 
-def _max_tokens(options: BuildOptions, checkpoint: Checkpoint) -> int:
-    """Tokens of one row: as asked for, checked against what the model reads and needs."""
+def _decoder_sizes(options: BuildOptions, checkpoint: Checkpoint) -> DecoderSection:
+    """The language model's sizes with a cache as asked for, checked against what the model reads and needs."""
     config = checkpoint.config
-    longest = int(config.text_config.max_position_embeddings)
-    wanted = min(DEFAULT_MAX_TOKENS, longest) if options.max_tokens is None else options.max_tokens
-    if wanted > longest:
+    longest = checkpoint.language.max_positions(config.text_config)
+    wanted = options.max_tokens or min(DEFAULT_MAX_TOKENS, longest or DEFAULT_MAX_TOKENS)
+    if longest is not None and wanted > longest:
         raise BundleError(f"max_tokens = {wanted} is more than the language model reads: it has {longest} positions")
     shortest = config.num_query_tokens + 2  # a begin token and a generated one
     if wanted < shortest:
@@ -209,28 +205,13 @@ def _max_tokens(options: BuildOptions, checkpoint: Checkpoint) -> int:
             f"max_tokens = {wanted} leaves no room for text behind {config.num_query_tokens} soft tokens: expected at "
             f"least {shortest}"
         )
-    return wanted
+    return checkpoint.decoder_section(max_sequences=options.max_sequences, max_tokens=wanted)
 
 
 def _num_image_tokens(checkpoint: Checkpoint) -> int:
     patch = checkpoint.config.vision_config.patch_size
     side = checkpoint.image.size // (patch if isinstance(patch, int) else patch[0])
     return int(side * side + 1)
-
-
-def _decoder_section(
-    checkpoint: Checkpoint, decoder: DecoderWrapper, max_sequences: int, max_tokens: int
-) -> DecoderSection:
-    return DecoderSection(
-        family=checkpoint.family.text_model_type,
-        num_layers=decoder.num_layers,
-        num_key_value_heads=decoder.num_kv_heads,
-        head_dim=decoder.head_dim,
-        hidden_size=decoder.embed_dim,
-        vocab_size=decoder.vocab_size,
-        max_sequences=max_sequences,
-        max_tokens=max_tokens,
-    )
 
 
 def _manifest(

@@ -11,15 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from blipstream.contract import ImageSection
+from blipstream.contract import DecoderSection, ImageSection
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
-from blipstream_export.families import Family, find_family
+from blipstream_export.families import Family, LanguageModule, find_family
 from blipstream_export.weights import TensorHeader, read_headers, read_json
-
-if TYPE_CHECKING:
-    from transformers import Blip2Processor
 
 CONFIG_FILE = "config.json"
 PLACEHOLDER = "<image>"
@@ -41,11 +38,23 @@ class Checkpoint:
     """The folder's name, or the hub id."""
     family: Family
     config: Any
-    """A ``Blip2Config``, with ``num_query_tokens`` and ``image_token_index`` filled in where an old configuration lacks
-    them; the latter stays None where the language model has no row for the placeholder ``<image>``."""
-    processor: Blip2Processor
-    """It puts ``num_query_tokens`` placeholders before a prompt, unless ``image_token_index`` is None."""
+    """The configuration in transformers, with ``num_query_tokens`` and ``image_token_index`` filled in where an old one
+    lacks them; the latter stays None where the language model has no row for the placeholder ``<image>``."""
+    processor: Any
+    """The processor in transformers. It puts ``num_query_tokens`` placeholders before a prompt, unless
+    ``image_token_index`` is None."""
     image: ImageSection
+
+    @property
+    def language(self) -> LanguageModule:
+        """What is particular to its language model."""
+        return self.family.language.load()
+
+    def decoder_section(self, *, max_sequences: int, max_tokens: int) -> DecoderSection:
+        """The language model's sizes, with a KV cache of ``max_sequences`` rows of ``max_tokens`` tokens."""
+        return self.language.decoder_section(
+            self.config.text_config, max_sequences=max_sequences, max_tokens=max_tokens
+        )
 
 
 def open_checkpoint(source: str) -> Checkpoint:
@@ -61,27 +70,29 @@ def open_checkpoint(source: str) -> Checkpoint:
     family = find_family(raw, source)
     headers = read_headers(folder)
     with _faults_of(f"the configuration {folder / CONFIG_FILE}"):
-        from transformers import Blip2Config
+        import transformers
 
-        config = Blip2Config.from_pretrained(folder)
+        config = getattr(transformers, family.image_side.config).from_pretrained(folder)
     config.num_query_tokens = _num_query_tokens(raw, headers, folder)
-    processor = _load_processor(folder)
+    processor = _load_processor(folder, family)
     _frame(processor, config, folder)
     _check_text_config(config, source)
+    family.language.load().check_config(config.text_config, source)
     return Checkpoint(folder, name, family, config, processor, _image_section(processor, config))
 
 
 def load_model(checkpoint: Checkpoint) -> Any:
-    """Load the weights in fp32, for inference, into a ``Blip2ForConditionalGeneration``.
+    """Load the weights in fp32, for inference, into the model of transformers.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape than the configuration says.
     """
     import torch
-    from transformers import Blip2ForConditionalGeneration
+    import transformers
 
+    architecture = getattr(transformers, checkpoint.family.image_side.architecture)
     with _faults_of(f"the weights of {checkpoint.folder}"):
-        loaded: Any = Blip2ForConditionalGeneration.from_pretrained(
+        loaded: Any = architecture.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,
             dtype=torch.float32,
@@ -128,17 +139,17 @@ def _num_query_tokens(raw: Mapping[str, Any], headers: Mapping[str, TensorHeader
     return int(header.shape[1])
 
 
-def _load_processor(folder: Path) -> Blip2Processor:
-    from transformers import Blip2Processor
+def _load_processor(folder: Path, family: Family) -> Any:
+    import transformers
 
     for what, files in (("tokenizer", _TOKENIZER_FILES), ("image processor", _PROCESSOR_FILES)):
         if not any((folder / name).is_file() for name in files):  # transformers would make one up
             raise CheckpointError(f"the checkpoint {folder} holds no {what}: expected one of {', '.join(files)}")
     with _faults_of(f"the tokenizer and image processor of {folder}"):
-        return Blip2Processor.from_pretrained(folder, local_files_only=True)
+        return getattr(transformers, family.image_side.processor).from_pretrained(folder, local_files_only=True)
 
 
-def _frame(processor: Blip2Processor, config: Any, folder: Path) -> None:
+def _frame(processor: Any, config: Any, folder: Path) -> None:
     """Agree on the placeholder of soft tokens and on their number; old checkpoints leave both to the code."""
     declared = processor.num_query_tokens
     if declared is not None and declared != config.num_query_tokens:
@@ -151,7 +162,7 @@ def _frame(processor: Blip2Processor, config: Any, folder: Path) -> None:
     processor.num_query_tokens = None if config.image_token_index is None else config.num_query_tokens
 
 
-def _placeholder_id(processor: Blip2Processor, config: Any) -> int | None:
+def _placeholder_id(processor: Any, config: Any) -> int | None:
     """The id of ``<image>`` for a configuration that names none, if the language model has a row for it."""
     token = processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
     known = isinstance(token, int) and token != processor.tokenizer.unk_token_id
@@ -170,14 +181,9 @@ def _check_text_config(config: Any, source: str) -> None:
             raise CheckpointError(
                 f"{name} = {value} of {source} is outside the language model's vocabulary of {text.vocab_size} tokens"
             )
-    if text.model_type == "opt" and text.word_embed_proj_dim > text.hidden_size:
-        raise UnsupportedCheckpointError(
-            f"the language model of {source} has embeddings of width {text.word_embed_proj_dim}, wider than its hidden "
-            f"state of {text.hidden_size}: transformers cannot place soft tokens among them either"
-        )
 
 
-def _image_section(processor: Blip2Processor, config: Any) -> ImageSection:
+def _image_section(processor: Any, config: Any) -> ImageSection:
     images = processor.image_processor
     for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         if not getattr(images, step, False):

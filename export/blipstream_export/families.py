@@ -1,51 +1,97 @@
-"""The kinds of checkpoint that are served: one line each, and a module for the language model's decoder."""
+"""The kinds of checkpoint that are served: what reads the image, and the language model that answers.
+
+The two are independent of each other: one line for each image side, one for each language model, and any pair of them
+is a family. What a language model needs beyond its line is a module of its own (:class:`LanguageModule`);
+``docs/adding-a-model.md`` shows how one is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from blipstream.errors import UnsupportedCheckpointError
 
+if TYPE_CHECKING:
+    from blipstream.contract import DecoderSection
+    from blipstream_export.graphs import Graph
 
-class DecoderWrapper(Protocol):
-    """What the exporter reads of a decoder-only language model's wrapper, an ``nn.Module``."""
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    """Size of a head in the cache, padding included."""
-    embed_dim: int
-    """Width of the token embeddings, which soft tokens share."""
-    vocab_size: int
-    max_positions: int
-    """Longest sequence that the model can read."""
+class LanguageModule(Protocol):
+    """What the module of a language model has: four functions. ``config`` is its configuration in transformers."""
+
+    def check_config(self, config: Any, source: str) -> None:
+        """Refuse, by name, what is not served; ``source`` names the checkpoint.
+
+        Raises:
+            UnsupportedCheckpointError: a configuration that is not served.
+        """
+
+    def max_positions(self, config: Any) -> int | None:
+        """Longest sequence that the model can read, in tokens; None when there is no limit."""
+
+    def decoder_section(self, config: Any, *, max_sequences: int, max_tokens: int) -> DecoderSection:
+        """The manifest's section for ``max_sequences`` rows of ``max_tokens`` tokens, as the user counts them."""
+
+    def graphs(self, model: Any, sizes: DecoderSection, *, release: bool = False) -> Iterator[Graph]:
+        """The graphs to export, each made when it is asked for.
+
+        Args:
+            model: the language model of transformers.
+            sizes: what :meth:`decoder_section` gave.
+            release: take the weights that a graph copies out of ``model`` one by one, so that the copies double one
+                layer at a time and not all of them. ``model`` cannot run afterwards.
+        """
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A kind of language model: its ``model_type`` in ``config.json``, and the module that exports it."""
+
+    model_type: str
+    module: str
+
+    def load(self) -> LanguageModule:
+        """The module; it is imported when it is needed, and torch with it."""
+        return cast("LanguageModule", import_module(self.module))
+
+
+@dataclass(frozen=True)
+class ImageSide:
+    """A kind of Q-Former and of what surrounds it.
+
+    ``model_type`` is that of ``config.json``; the others are names of classes in transformers.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    config: str
+    processor: str
+
+
+LANGUAGE_MODELS = (
+    LanguageModel("opt", "blipstream_export.models.opt"),
+)  # fmt: skip
+
+IMAGE_SIDES = (
+    ImageSide("blip2", "blip-2", "Blip2ForConditionalGeneration", "Blip2Config", "Blip2Processor"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of checkpoint.
+    """An image side and a language model."""
 
-    ``decoder`` names the wrapper of the language model, as ``module:class``; it is imported when it is needed.
-    """
+    image_side: ImageSide
+    language: LanguageModel
 
-    kind: Literal["blip2-opt"]
-    model_type: str
-    architecture: str
-    text_model_type: Literal["opt"]
-    decoder: str
-
-    def wrap_decoder(self, language_model: Any, *, release: bool = False) -> Any:
-        """Wrap the language model of transformers; see the wrapper for ``release``."""
-        module, _, name = self.decoder.partition(":")
-        return getattr(import_module(module), name)(language_model, release=release)
-
-
-FAMILIES = (
-    Family("blip2-opt", "blip-2", "Blip2ForConditionalGeneration", "opt", "blipstream_export.models.opt:OPTDecoder"),
-)
+    @property
+    def kind(self) -> str:
+        """Name of the family, as in ``blip2-opt``."""
+        return f"{self.image_side.name}-{self.language.model_type}"
 
 
 def find_family(config: Mapping[str, Any], source: str) -> Family:
@@ -57,16 +103,17 @@ def find_family(config: Mapping[str, Any], source: str) -> Family:
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
     text_model_type = (config.get("text_config") or {}).get("model_type", "opt")  # the default of transformers
-    for family in FAMILIES:
-        if (
-            (family.model_type, family.text_model_type) == (model_type, text_model_type)
-            and (not architectures or family.architecture in architectures)
-        ):  # fmt: skip
-            return family
+    for image_side in IMAGE_SIDES:
+        if image_side.model_type == model_type and (not architectures or image_side.architecture in architectures):
+            for language in LANGUAGE_MODELS:
+                if language.model_type == text_model_type:
+                    return Family(image_side, language)
     found = f"model_type {model_type!r}" + (f", architecture {', '.join(architectures)}" if architectures else "")
     if "text_config" in config:
         found += f", language model {text_model_type!r}"
-    served = "; ".join(f"{f.architecture} with a language model of type {f.text_model_type!r}" for f in FAMILIES)
+    sides = ", ".join(image_side.architecture for image_side in IMAGE_SIDES)
+    languages = ", ".join(repr(language.model_type) for language in LANGUAGE_MODELS)
     raise UnsupportedCheckpointError(
-        f"the checkpoint {source} is of a kind that Blipstream does not serve ({found}); it serves {served}"
+        f"the checkpoint {source} is of a kind that Blipstream does not serve ({found}); it serves {sides} with a "
+        f"language model of type {languages}"
     )

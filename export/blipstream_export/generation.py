@@ -8,10 +8,13 @@ Blipstream does the same, and says so where that file asks for something else.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blipstream.contract import GenerationSection
 from blipstream.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from blipstream_export.checkpoint import Checkpoint
 
 DEFAULT_NEW_TOKENS = 20
 """New tokens that ``generate`` makes when nobody says how many."""
@@ -35,7 +38,12 @@ _HELD = ("max_new_tokens", "repetition_penalty", "eos_token_id")
 _FILE = "generation_config.json"
 
 
-def generation_section(model: Any, *, image_token_id: int | None) -> GenerationSection:
+def empty_prompt_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """What ``generate`` puts behind the soft tokens when it is given no prompt."""
+    return (int(checkpoint.config.text_config.bos_token_id),)
+
+
+def generation_section(model: Any, checkpoint: Checkpoint) -> GenerationSection:
     """The manifest's generation section.
 
     Raises:
@@ -49,10 +57,10 @@ def generation_section(model: Any, *, image_token_id: int | None) -> GenerationS
             f"{text.vocab_size} tokens"
         )
     return GenerationSection(
-        bos_token_id=int(text.bos_token_id),
+        empty_prompt_ids=empty_prompt_ids(checkpoint),
         eos_token_ids=eos,
         pad_token_id=defaults.pad_token_id,
-        image_token_id=image_token_id,
+        image_token_id=checkpoint.config.image_token_index,
         max_new_tokens=int(defaults.max_new_tokens or DEFAULT_NEW_TOKENS),
         repetition_penalty=float(1.0 if defaults.repetition_penalty is None else defaults.repetition_penalty),
     )

@@ -14,8 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from blipstream.contract import DECODER_IO, IMAGE_EMBEDS, PIXEL_VALUES, SOFT_TOKENS
-from blipstream_export.families import DecoderWrapper
+from blipstream.contract import DECODER_IO, IMAGE_EMBEDS, PIXEL_VALUES, SOFT_TOKENS, DecoderSection
 from blipstream_export.lowering import lowering
 
 OPSET = 21
@@ -40,6 +39,15 @@ class GraphInputs:
     output_names: list[str]
 
 
+@dataclass(frozen=True)
+class Graph:
+    """One graph of a language model: its file in the version folder of ``blip2``, and what goes into it."""
+
+    file: str
+    module: nn.Module
+    inputs: GraphInputs
+
+
 def vision_inputs(image_size: int) -> GraphInputs:
     """Inputs of the vision encoder for square images of ``image_size`` pixels."""
     sample = torch.zeros(2, 3, image_size, image_size)
@@ -52,7 +60,7 @@ def qformer_inputs(num_image_tokens: int, vision_hidden_size: int) -> GraphInput
     return GraphInputs((sample,), ({0: "batch"},), [IMAGE_EMBEDS.name], [SOFT_TOKENS.name])
 
 
-def decoder_inputs(decoder: DecoderWrapper) -> GraphInputs:
+def decoder_inputs(sizes: DecoderSection) -> GraphInputs:
     """Inputs of a decoder-only language model, as declared in ``blipstream.contract``.
 
     The sample sizes differ from each other, from 0 and from 1, so that no dimension is mistaken for another or for a
@@ -63,21 +71,21 @@ def decoder_inputs(decoder: DecoderWrapper) -> GraphInputs:
     tokens: FreeDims = {0: "batch", 1: "sequence"}
     small: dict[str, tuple[Tensor, FreeDims | None]] = {
         DECODER_IO.input_ids: (torch.zeros(batch, length, dtype=torch.int64), tokens),
-        DECODER_IO.soft_tokens: (torch.zeros(num_soft, decoder.embed_dim), {0: "num_soft_tokens"}),
+        DECODER_IO.soft_tokens: (torch.zeros(num_soft, sizes.hidden_size), {0: "num_soft_tokens"}),
         DECODER_IO.position_ids: (torch.zeros(batch, length, dtype=torch.int64), tokens),
         DECODER_IO.last_index: (torch.zeros(batch, dtype=torch.int64), rows),
         DECODER_IO.seqlens_k: (torch.full((batch,), length - 1, dtype=torch.int32), rows),
         DECODER_IO.total_sequence_length: (torch.tensor(length, dtype=torch.int32), None),
     }
     cache = [
-        torch.zeros(batch, decoder.num_kv_heads, capacity, decoder.head_dim) for _ in range(2 * decoder.num_layers)
+        torch.zeros(batch, sizes.num_key_value_heads, capacity, sizes.head_dim) for _ in range(2 * sizes.num_layers)
     ]
     cache_dims: list[FreeDims] = [{0: "batch", 2: "capacity"} for _ in cache]
     return GraphInputs(
         args=(*(sample for sample, _ in small.values()), cache),
         free_dims=(*(dims for _, dims in small.values()), cache_dims),
-        input_names=[*small, *DECODER_IO.cache_inputs(decoder.num_layers)],
-        output_names=[DECODER_IO.logits, *DECODER_IO.cache_outputs(decoder.num_layers)],
+        input_names=[*small, *DECODER_IO.cache_inputs(sizes.num_layers)],
+        output_names=[DECODER_IO.logits, *DECODER_IO.cache_outputs(sizes.num_layers)],
     )
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from blipstream.contract import DecoderSection
 from blipstream_export.checkpoint import Checkpoint
+from blipstream_export.generation import empty_prompt_ids
 from blipstream_export.tokenizer import SAMPLE_PROMPTS
 
 if TYPE_CHECKING:
@@ -70,8 +72,8 @@ def sample_images(sizes: Sequence[tuple[int, int]] = _IMAGE_SIZES, *, seed: int 
     return images
 
 
-def compute_reference(model: Any, checkpoint: Checkpoint, max_tokens: int) -> Reference:
-    """Run the checkpoint on the sample images and prompts; prompts that ``max_tokens`` cannot hold are left out."""
+def compute_reference(model: Any, checkpoint: Checkpoint, sizes: DecoderSection) -> Reference:
+    """Run the checkpoint on the sample images and prompts; prompts that do not fit ``sizes`` are left out."""
     import torch
 
     images = sample_images()
@@ -80,7 +82,7 @@ def compute_reference(model: Any, checkpoint: Checkpoint, max_tokens: int) -> Re
         warnings.simplefilter("ignore")  # remarks of transformers on defaults that are set here on purpose
         features = model.get_image_features(pixel_values, return_dict=True)
         texts = [
-            _generate(model, checkpoint, pixel_values, index % len(images), prompt, max_tokens)
+            _generate(model, checkpoint, pixel_values, index % len(images), prompt, sizes)
             for index, prompt in enumerate([*_PROMPTS, *reversed(_PROMPTS)])
         ]
         soft_tokens = torch.cat([_scatter(model, image) for image in features.pooler_output])
@@ -108,13 +110,13 @@ def _generate(
     pixel_values: torch.Tensor,
     image: int,
     prompt: str,
-    max_tokens: int,
+    sizes: DecoderSection,
 ) -> SampleText | None:
     import torch
 
     num_queries = checkpoint.config.num_query_tokens
     prompt_ids = _prompt_ids(checkpoint, prompt)
-    room = max_tokens - num_queries - len(prompt_ids)
+    room = sizes.room_behind(num_queries + len(prompt_ids))
     if room < 1:
         return None
     placeholder = checkpoint.config.image_token_index
@@ -142,5 +144,5 @@ def _generate(
 
 def _prompt_ids(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
     if not prompt:  # what generate puts behind the soft tokens when it is given no prompt
-        return (int(checkpoint.config.text_config.bos_token_id),)
+        return empty_prompt_ids(checkpoint)
     return tuple(int(token) for token in checkpoint.processor.tokenizer(prompt)["input_ids"])

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from blipstream.errors import BundleError
 
-BUNDLE_REVISION = 1
+BUNDLE_REVISION = 2
 """Revision of the bundle's layout; a bundle of another revision is refused."""
 
 MANIFEST_FILE = "manifest.json"
@@ -213,7 +213,8 @@ class QFormerSection(_Section):
 class DecoderSection(_Section):
     """Sizes of the language model and of its KV cache."""
 
-    family: Literal["opt"]
+    family: str
+    """Kind of language model: its ``model_type`` in transformers."""
     num_layers: int
     num_key_value_heads: int
     head_dim: int
@@ -225,12 +226,16 @@ class DecoderSection(_Section):
     max_tokens: int
     """Tokens of one row: soft tokens + prompt + generated."""
 
+    def room_behind(self, prompt_tokens: int) -> int:
+        """New tokens that fit behind a prompt of so many tokens; below 1 when the prompt is too long."""
+        return self.max_tokens - prompt_tokens
+
 
 class GenerationSection(_Section):
     """Defaults of the checkpoint's own ``generate``, and the ids that frame a prompt."""
 
-    bos_token_id: int
-    """Starts a plain caption (empty prompt), after the soft tokens."""
+    empty_prompt_ids: tuple[int, ...]
+    """What stands behind the soft tokens when a request has no text: how a plain caption begins."""
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     image_token_id: int | None
@@ -251,8 +256,8 @@ class Manifest(_Section):
     """Contents of ``manifest.json``."""
 
     revision: int
-    kind: Literal["blip2-opt"]
-    """Family member, as in ``blip2-opt``."""
+    kind: str
+    """Image side and language model, as in ``blip2-opt``."""
     source: str
     """Name of the checkpoint: its folder's name or its hub id."""
     engine: Literal["onnxruntime"]

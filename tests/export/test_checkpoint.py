@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from blipstream_export.build import BuildOptions, build
-from blipstream_export.checkpoint import load_model, open_checkpoint
+from blipstream_export.checkpoint import Checkpoint, load_model, open_checkpoint
 from blipstream_export.generation import generation_notes, generation_section
 from blipstream_export.reference import compute_reference
 from blipstream_export.tokenizer import check_tokenizer
 
+from blipstream.contract import DecoderSection
 from blipstream.errors import BundleError, CheckpointError, UnsupportedCheckpointError
 from tests.checkpoints import TinySizes, make_blip2_opt, make_images, make_processor, make_tokenizer, save_blip2_opt
 from tests.export.damage import edit, put, weights
@@ -98,7 +99,7 @@ def test_old_configuration_is_completed(checkpoint: Path, random_checkpoint: Pat
     for opened in (old, new):
         assert (opened.config.num_query_tokens, opened.config.image_token_index) == (6, 319)
         assert opened.processor.num_query_tokens == 6
-    texts = [compute_reference(load_model(opened), opened, 48).texts for opened in (old, new)]
+    texts = [compute_reference(load_model(opened), opened, sizes(opened)).texts for opened in (old, new)]
     assert [text.token_ids for text in texts[0]] == [text.token_ids for text in texts[1]]
 
 
@@ -114,13 +115,13 @@ def test_old_checkpoint_without_room_for_the_placeholder(tmp_path: Path) -> None
     assert "<image>" in checkpoint.processor.tokenizer.get_vocab()  # the processor adds it, behind the last id
     check_tokenizer(checkpoint)
     loaded = load_model(checkpoint)
-    assert generation_section(loaded, image_token_id=None).image_token_id is None
-    texts = compute_reference(loaded, checkpoint, 48).texts
+    assert generation_section(loaded, checkpoint).image_token_id is None
+    reference = compute_reference(loaded, checkpoint, sizes(checkpoint))
 
     # The same weights with any other id as the placeholder generate the same.
-    pixel_values = torch.from_numpy(compute_reference(loaded, checkpoint, 48).pixel_values)
+    pixel_values = torch.from_numpy(reference.pixel_values)
     model.config.image_token_index = 5
-    for text in texts:
+    for text in reference.texts:
         assert 5 not in text.prompt_ids
         input_ids = torch.tensor([[5] * 6 + list(text.prompt_ids)])
         tokens = model.generate(
@@ -144,10 +145,11 @@ def test_tokenizer_must_give_the_ids_of_the_processor(random_checkpoint: Path) -
 def test_generation_defaults(checkpoint: Path) -> None:
     put(text_config__eos_token_id=[2, 9])(checkpoint)
     edit("generation_config.json", lambda config: config.update(eos_token_id=[2, 9]))(checkpoint)
-    model = load_model(open_checkpoint(str(checkpoint)))
-    section = generation_section(model, image_token_id=319)
+    opened = open_checkpoint(str(checkpoint))
+    model = load_model(opened)
+    section = generation_section(model, opened)
     assert section.model_dump() == {
-        "bos_token_id": 2,
+        "empty_prompt_ids": (2,),
         "eos_token_ids": (2, 9),
         "pad_token_id": 1,
         "image_token_id": 319,
@@ -161,7 +163,7 @@ def test_generation_config_that_generate_does_not_read_is_pointed_out(checkpoint
     edit("generation_config.json", lambda config: config.update(num_beams=5, max_new_tokens=3))(checkpoint)
     opened = open_checkpoint(str(checkpoint))
     model = load_model(opened)
-    assert generation_section(model, image_token_id=319).max_new_tokens == 20
+    assert generation_section(model, opened).max_new_tokens == 20
     (note,) = generation_notes(model)
     assert note.startswith("generation_config.json asks for num_beams = 5, max_new_tokens = 3, which the checkpoint's")
     images = opened.processor(images=make_images(1), return_tensors="pt")
@@ -170,12 +172,17 @@ def test_generation_config_that_generate_does_not_read_is_pointed_out(checkpoint
 
 
 def test_defaults_that_a_bundle_cannot_hold_are_pointed_out(random_checkpoint: Path) -> None:
-    model = load_model(open_checkpoint(str(random_checkpoint)))
+    opened = open_checkpoint(str(random_checkpoint))
+    model = load_model(opened)
     model.language_model.generation_config.update(num_beams=4, repetition_penalty=1.5, max_new_tokens=30)
-    section = generation_section(model, image_token_id=319)
+    section = generation_section(model, opened)
     assert (section.repetition_penalty, section.max_new_tokens) == (1.5, 30)
     (note,) = generation_notes(model)
     assert note.startswith("the language model's defaults ask for num_beams = 4, which the bundle does not carry")
+
+
+def sizes(checkpoint: Checkpoint) -> DecoderSection:
+    return checkpoint.decoder_section(max_sequences=1, max_tokens=48)
 
 
 def _make_old(folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from blipstream_export import graphs
 from blipstream_export.build import BuildResult
 from blipstream_export.graphs import decoder_inputs, export_graph
+from blipstream_export.models import opt
 from blipstream_export.models.opt import OPTDecoder
 from blipstream_export.models.qformer import QFormer
 from blipstream_export.models.vision import VisionEncoder
@@ -145,11 +146,11 @@ def test_large_weights_go_to_a_file_of_their_own_and_tied_ones_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_blip2_opt().language_model
-    wrapper = OPTDecoder(model)
+    wrapper, sizes = OPTDecoder(model), _sizes(model)
     inline, external = tmp_path / "inline.onnx", tmp_path / "external.onnx"
-    inline_bytes = export_graph(wrapper, decoder_inputs(wrapper), inline, engine="onnxruntime")
+    inline_bytes = export_graph(wrapper, decoder_inputs(sizes), inline, engine="onnxruntime")
     monkeypatch.setattr(graphs, "EXTERNAL_DATA_BYTES", 10_000)
-    external_bytes = export_graph(wrapper, decoder_inputs(wrapper), external, engine="onnxruntime")
+    external_bytes = export_graph(wrapper, decoder_inputs(sizes), external, engine="onnxruntime")
     data = tmp_path / "external.onnx.data"
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["external.onnx", "external.onnx.data", "inline.onnx"]
@@ -159,16 +160,18 @@ def test_large_weights_go_to_a_file_of_their_own_and_tied_ones_once(
     assert weights <= inline_bytes < weights + 50_000
     logits = []
     for path in (inline, external):
-        decoder = CachedDecoder(create_engine("onnxruntime", path, threads=1), _sizes(wrapper))
-        logits.append(decoder.prefill(0, [Prompt(np.ones((2, wrapper.embed_dim), np.float32), (2, 17, 40))]))
+        decoder = CachedDecoder(create_engine("onnxruntime", path, threads=1), sizes)
+        logits.append(decoder.prefill(0, [Prompt(np.ones((2, sizes.hidden_size), np.float32), (2, 17, 40))]))
         decoder.close()
     np.testing.assert_array_equal(*logits)
 
 
 def test_weights_are_released_after_export(tmp_path: Path) -> None:
-    wrapper = OPTDecoder(make_blip2_opt().language_model, release=True)
+    model = make_blip2_opt().language_model
+    wrapper, sizes = OPTDecoder(model, release=True), _sizes(model)
+    del model
     references = [weakref.ref(parameter) for parameter in wrapper.parameters()]
-    export_graph(wrapper, decoder_inputs(wrapper), tmp_path / "decoder.onnx", engine="onnxruntime")
+    export_graph(wrapper, decoder_inputs(sizes), tmp_path / "decoder.onnx", engine="onnxruntime")
     del wrapper
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
@@ -192,22 +195,14 @@ def _prompt(model: Any, processor: Any, image: Any, prompt: str) -> Prompt:
 
 
 def _export_decoder(language_model: Any, path: Path) -> CachedDecoder:
-    wrapper = OPTDecoder(language_model)
-    export_graph(wrapper, decoder_inputs(wrapper), path, engine="onnxruntime")
-    return CachedDecoder(create_engine("onnxruntime", path, threads=1), _sizes(wrapper))
+    sizes = _sizes(language_model)
+    (graph,) = opt.graphs(language_model, sizes)
+    export_graph(graph.module, graph.inputs, path, engine="onnxruntime")
+    return CachedDecoder(create_engine("onnxruntime", path, threads=1), sizes)
 
 
-def _sizes(wrapper: OPTDecoder) -> DecoderSection:
-    return DecoderSection(
-        family="opt",
-        num_layers=wrapper.num_layers,
-        num_key_value_heads=wrapper.num_kv_heads,
-        head_dim=wrapper.head_dim,
-        hidden_size=wrapper.embed_dim,
-        vocab_size=wrapper.vocab_size,
-        max_sequences=ROWS,
-        max_tokens=64,
-    )
+def _sizes(language_model: Any) -> DecoderSection:
+    return opt.decoder_section(language_model.config, max_sequences=ROWS, max_tokens=64)
 
 
 def _serve(decoder: CachedDecoder, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[int]]:

@@ -24,7 +24,8 @@ GOOD_TEXT = TextParity(image=0, prompt="a", expected=(5, 2), found=(5, 2), equal
 @pytest.fixture(scope="module")
 def reference(random_checkpoint: Path) -> Reference:
     checkpoint = open_checkpoint(str(random_checkpoint))
-    return compute_reference(load_model(checkpoint), checkpoint, 160)
+    sizes = checkpoint.decoder_section(max_sequences=5, max_tokens=160)
+    return compute_reference(load_model(checkpoint), checkpoint, sizes)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blipstream_export.models import opt
 from blipstream_export.models.opt import OPTDecoder
 from blipstream_export.models.qformer import QFormer
 from blipstream_export.models.vision import VisionEncoder
@@ -136,20 +137,22 @@ def test_opt_decoder(name: str) -> None:
     """Prefill of three rows of unequal lengths, then two decode steps, against the whole sequences in transformers."""
     model = make_blip2_opt(opt=OPT_VARIANTS[name]).language_model
     decoder = OPTDecoder(model).eval()
+    sizes = opt.decoder_section(model.config, max_sequences=3, max_tokens=12)
     rng = np.random.default_rng(1)
     texts = [rng.integers(0, 319, length).tolist() for length in (6, 3, 9)]  # the last two tokens come by steps
-    soft = [rng.standard_normal((rows, decoder.embed_dim)).astype(np.float32) for rows in (4, 2, 1)]
+    soft = [rng.standard_normal((rows, sizes.hidden_size)).astype(np.float32) for rows in (4, 2, 1)]
     expected = [_opt_logits(model, *pair) for pair in zip(soft, texts, strict=True)]
 
     prompts = [Prompt(rows, tuple(ids[:-2])) for rows, ids in zip(soft, texts, strict=True)]
     inputs = {key: torch.from_numpy(value) for key, value in prefill_inputs(prompts).items()}
-    cache = [torch.zeros(3, decoder.num_kv_heads, 12, decoder.head_dim) for _ in range(2 * decoder.num_layers)]
+    rows = (3, sizes.num_key_value_heads, 12, sizes.head_dim)
+    cache = [torch.zeros(rows) for _ in range(2 * sizes.num_layers)]
     logits, *cache = decoder(*inputs.values(), cache)
     assert_close(logits, torch.stack([whole[-3] for whole in expected]))
     lengths = torch.tensor([prompt.num_tokens for prompt in prompts])
     for step in (-2, -1):
         tokens = torch.tensor([[ids[step]] for ids in texts])
-        unused, first = torch.zeros(1, decoder.embed_dim), torch.zeros(3, dtype=torch.int64)
+        unused, first = torch.zeros(1, sizes.hidden_size), torch.zeros(3, dtype=torch.int64)
         total = (lengths.max() + 1).int()
         logits, *cache = decoder(tokens, unused, lengths[:, None], first, lengths.int(), total, cache)
         assert_close(logits, torch.stack([whole[step] for whole in expected]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from blipstream.contract import DECODER_FILE, DecoderSection
+from blipstream.errors import UnsupportedCheckpointError
+from blipstream_export.graphs import Graph, decoder_inputs
 from blipstream_export.models.layers import affine_norm, fuse_linear, pad_head_columns, pad_head_rows
 from blipstream_export.ops import cached_attention
 
@@ -21,6 +24,39 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
 
 
+def check_config(config: Any, source: str) -> None:
+    """See :class:`~blipstream_export.families.LanguageModule`."""
+    if config.word_embed_proj_dim > config.hidden_size:
+        raise UnsupportedCheckpointError(
+            f"the language model of {source} has embeddings of width {config.word_embed_proj_dim}, wider than its "
+            f"hidden state of {config.hidden_size}: transformers cannot place soft tokens among them either"
+        )
+
+
+def max_positions(config: Any) -> int:
+    """See :class:`~blipstream_export.families.LanguageModule`."""
+    return int(config.max_position_embeddings)
+
+
+def decoder_section(config: Any, *, max_sequences: int, max_tokens: int) -> DecoderSection:
+    """See :class:`~blipstream_export.families.LanguageModule`."""
+    return DecoderSection(
+        family=config.model_type,
+        num_layers=config.num_hidden_layers,
+        num_key_value_heads=config.num_attention_heads,
+        head_dim=padded_head_dim(config.hidden_size // config.num_attention_heads),
+        hidden_size=config.word_embed_proj_dim,
+        vocab_size=config.vocab_size,
+        max_sequences=max_sequences,
+        max_tokens=max_tokens,
+    )
+
+
+def graphs(model: Any, sizes: DecoderSection, *, release: bool = False) -> Iterator[Graph]:
+    """See :class:`~blipstream_export.families.LanguageModule`."""
+    yield Graph(DECODER_FILE, OPTDecoder(model, release=release), decoder_inputs(sizes))
+
+
 class OPTDecoder(nn.Module):
     """``OPTForCausalLM`` with its KV cache as inputs and outputs, every variant of the architecture.
 
@@ -32,7 +68,7 @@ class OPTDecoder(nn.Module):
 
     def __init__(self, source: Any, *, release: bool = False) -> None:
         super().__init__()
-        config, decoder = source.config, source.model.decoder
+        decoder = source.model.decoder
         offset = decoder.embed_positions.offset
         self.embed_tokens = decoder.embed_tokens
         self.positions = nn.Parameter(decoder.embed_positions.weight.detach()[offset:].clone(), requires_grad=False)
@@ -46,12 +82,6 @@ class OPTDecoder(nn.Module):
         self.final_norm = None if norm is None else affine_norm(norm)
         tied = source.lm_head.weight is self.embed_tokens.weight
         self.lm_head = None if tied else source.lm_head  # one name for a tied tensor, so that nothing holds another
-        self.num_layers = int(config.num_hidden_layers)
-        self.num_kv_heads = int(config.num_attention_heads)
-        self.head_dim = padded_head_dim(config.hidden_size // config.num_attention_heads)
-        self.embed_dim = int(self.embed_tokens.embedding_dim)
-        self.vocab_size = int(source.lm_head.out_features)
-        self.max_positions = int(config.max_position_embeddings)
 
     def forward(
         self,
@@ -85,7 +115,7 @@ class OPTDecoder(nn.Module):
             key, value = past[2 * index], past[2 * index + 1]
             attended, key, value = layer.attend(hidden, batch, key, value, seqlens_k, total_sequence_length)
             present += [key, value]
-            if index == self.num_layers - 1:  # behind the last attention, only the wanted tokens count
+            if index == len(self.layers) - 1:  # behind the last attention, only the wanted tokens count
                 hidden, attended = hidden.index_select(0, last_rows), attended.index_select(0, last_rows)
             hidden = layer.feed_forward(hidden, attended)
         return (self._logits(hidden), *present)

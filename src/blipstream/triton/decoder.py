@@ -61,7 +61,7 @@ class DecoderModel:
         self._service = GenerationService(
             RequestParser(manifest, config),
             tokenizer,
-            manifest.generation.bos_token_id,
+            manifest.generation.empty_prompt_ids,
             partial(compute_features, limits=limits),
             make_loop,
             config,

@@ -58,7 +58,7 @@ class GenerationService:
     Args:
         parser: checks inputs.
         tokenizer: the language model's.
-        bos_token_id: begins a plain caption.
+        empty_prompt_ids: stand for a request's text when there is none.
         compute_features: blocks until the soft tokens (Q, D) of an image are computed.
         make_loop: makes the decode loop that reports to the given observer.
         config: queue size, timeouts, cache budget.
@@ -69,7 +69,7 @@ class GenerationService:
         self,
         parser: RequestParser,
         tokenizer: Tokenizer,
-        bos_token_id: int,
+        empty_prompt_ids: tuple[int, ...],
         compute_features: Callable[[ImageSource], Features],
         make_loop: Callable[[ServingMetrics], DecodeLoop],
         config: ServerConfig,
@@ -78,7 +78,7 @@ class GenerationService:
         self.metrics = ServingMetrics()
         self._parser = parser
         self._tokenizer = tokenizer
-        self._bos_token_id = bos_token_id
+        self._empty_prompt_ids = empty_prompt_ids
         self._compute_features = compute_features
         self._config = config
         self._limit = config.queue_size + capacity
@@ -197,7 +197,7 @@ class GenerationService:
             ) from None
 
     def _request(self, session: Session, parsed: ParsedRequest, soft_tokens: Features) -> GenerationRequest:
-        token_ids = self._tokenizer.encode(parsed.text) if parsed.text else (self._bos_token_id,)
+        token_ids = self._tokenizer.encode(parsed.text) if parsed.text else self._empty_prompt_ids
         return GenerationRequest(
             request_id=session.call.request_id,
             prompt=Prompt(soft_tokens, token_ids),

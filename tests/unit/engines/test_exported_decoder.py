@@ -75,7 +75,7 @@ class Served:
         return torch.tensor([[*placeholders, *self.prompt_ids(prompt)]])
 
     def prompt_ids(self, prompt: str) -> tuple[int, ...]:
-        return self.tokenizer.encode(prompt) if prompt else (self.manifest.generation.bos_token_id,)
+        return self.tokenizer.encode(prompt) if prompt else self.manifest.generation.empty_prompt_ids
 
     def serve(self, cases: list[tuple[int, str, SamplingParams]]) -> list[tuple[list[int], str]]:
         """Tokens and text of each case, all of them submitted at once to three slots."""

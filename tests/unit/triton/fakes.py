@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from blipstream.contract import (
+    BUNDLE_REVISION,
     DecoderSection,
     GenerationSection,
     ImageSection,
@@ -30,7 +31,7 @@ def make_manifest(**decoder: int) -> Manifest:
     """A manifest for the byte tokenizer and the fake decoder."""
     sizes = {"max_sequences": 4, "max_tokens": 64, **decoder}
     return Manifest(
-        revision=1,
+        revision=BUNDLE_REVISION,
         kind="blip2-opt",
         source="fake",
         engine="onnxruntime",
@@ -50,7 +51,7 @@ def make_manifest(**decoder: int) -> Manifest:
             **sizes,
         ),
         generation=GenerationSection(
-            bos_token_id=EOS,
+            empty_prompt_ids=(EOS,),
             eos_token_ids=(EOS,),
             pad_token_id=None,
             image_token_id=None,

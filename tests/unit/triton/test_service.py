@@ -65,7 +65,7 @@ class Bench:
         self.service = GenerationService(
             RequestParser(make_manifest(max_sequences=max_sequences, max_tokens=max_tokens), settings),
             byte_tokenizer(),
-            EOS,
+            (EOS,),
             self.images,
             lambda metrics: DecodeLoop(
                 self.decoder,
