@@ -49,7 +49,7 @@ OPT_VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Overrides of ``OPTConfig``: every branch of the architecture, with odd sizes (heads of 12, 9, 20, ... values)."""
 
-_CORPUS = (
+CORPUS = (
     "a photo of a red cat and a blue dog on a green chair",
     "Question: what colour is the large circle? Answer: yellow",
     "Question: how many children are there? Answer: two children and a dog",
@@ -90,7 +90,7 @@ def make_tokenizer(vocab_size: int = 320, *, image_token: bool = True) -> PreTra
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(_CORPUS, trainer)
+    bpe.train_from_iterator(CORPUS, trainer)
     bpe.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
@@ -117,35 +117,17 @@ def make_blip2_opt(
     opt: Mapping[str, Any] | None = None,
 ) -> Blip2ForConditionalGeneration:
     """A BLIP-2 with an OPT language model, drawn from ``seed``; ``opt`` overrides fields of its ``OPTConfig``."""
-    import torch
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
 
     sizes = sizes or TinySizes()
-    text = {
-        "vocab_size": tokenizer_size,
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "ffn_dim": 80,
-        "max_position_embeddings": 160,
-        "bos_token_id": 2,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-    } | dict(opt or {})
     config = Blip2Config(
-        vision_config=_vision_config(sizes),
-        qformer_config=_qformer_config(sizes),
-        text_config=OPTConfig(**text).to_dict(),
+        vision_config=vision_config(sizes),
+        qformer_config=qformer_config(sizes),
+        text_config=opt_config(tokenizer_size, opt),
         num_query_tokens=sizes.num_query_tokens,
         image_token_index=image_token_id,
     )
-    model = Blip2ForConditionalGeneration(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            _draw(name, parameter, generator)
-    model.tie_weights()
-    return model.eval()
+    return draw_weights(Blip2ForConditionalGeneration(config), seed)
 
 
 def save_blip2_opt(
@@ -177,7 +159,25 @@ def make_images(count: int, *, seed: int = 0, size: tuple[int, int] = (64, 48)) 
     return [Image.fromarray(patch, "RGB").resize(size, Image.Resampling.BICUBIC) for patch in patches]
 
 
-def _vision_config(sizes: TinySizes) -> dict[str, Any]:
+def opt_config(vocab_size: int, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A small OPT that ends a text as OPT's own tokenizer does."""
+    from transformers import OPTConfig
+
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "ffn_dim": 80,
+        "max_position_embeddings": 160,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+    return OPTConfig(**(fields | dict(overrides or {}))).to_dict()
+
+
+def vision_config(sizes: TinySizes) -> dict[str, Any]:
     return {
         "hidden_size": sizes.vision_hidden,
         "intermediate_size": 2 * sizes.vision_hidden + 1,
@@ -188,7 +188,7 @@ def _vision_config(sizes: TinySizes) -> dict[str, Any]:
     }
 
 
-def _qformer_config(sizes: TinySizes) -> dict[str, Any]:
+def qformer_config(sizes: TinySizes) -> dict[str, Any]:
     return {
         "vocab_size": 32,
         "hidden_size": sizes.qformer_hidden,
@@ -199,6 +199,18 @@ def _qformer_config(sizes: TinySizes) -> dict[str, Any]:
         "cross_attention_frequency": sizes.cross_attention_frequency,
         "max_position_embeddings": 16,
     }
+
+
+def draw_weights(model: Any, seed: int) -> Any:
+    """Draw every parameter of a model anew, and return it for inference."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            _draw(name, parameter, generator)
+    model.tie_weights()
+    return model.eval()
 
 
 def _draw(name: str, parameter: Any, generator: Any) -> None:

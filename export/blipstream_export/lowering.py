@@ -39,8 +39,12 @@ def lowering(engine: str) -> LoweringTable:
     return {"onnxruntime": onnxruntime_lowering}[engine]()
 
 
-def _multi_head_attention(query: Any, key: Any, value: Any, num_heads: int, scale: float) -> Any:
-    return _MULTI_HEAD_ATTENTION(query, key, value, num_heads=num_heads, scale=scale)
+def _multi_head_attention(
+    query: Any, key: Any, value: Any, num_heads: int, scale: float, key_padding_mask: Any = None
+) -> Any:
+    bias = None  # of the projections, which the wrappers add themselves
+    inputs = (query, key, value) if key_padding_mask is None else (query, key, value, bias, key_padding_mask)
+    return _MULTI_HEAD_ATTENTION(*inputs, num_heads=num_heads, scale=scale)
 
 
 def _group_query_attention(
@@ -68,7 +72,7 @@ def _group_query_attention(
 
 
 def _operator(name: str, inputs: list[str], outputs: list[str], attributes: dict[str, Any]) -> Any:
-    """A contrib operator; inputs read ``name``, ``name?`` (optional) or ``name:M`` (of type M = int32)."""
+    """A contrib operator; inputs read ``name``, ``name?`` (optional), ``name:M`` or ``name?:M`` (of type M = int32)."""
     schema = _Schema(
         name,
         _DOMAIN,
@@ -77,7 +81,7 @@ def _operator(name: str, inputs: list[str], outputs: list[str], attributes: dict
         outputs=[_parameter(spec) for spec in outputs],
         type_constraints=[
             ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations"),
-            ("M", ["tensor(int32)"], "lengths"),
+            ("M", ["tensor(int32)"], "lengths and masks"),
         ],
         attributes=[_Schema.Attribute(key, kind) for key, kind in attributes.items()],
     )
@@ -85,15 +89,15 @@ def _operator(name: str, inputs: list[str], outputs: list[str], attributes: dict
 
 
 def _parameter(spec: str) -> Any:
-    name, _, kind = spec.removesuffix("?").partition(":")
+    name, _, kind = spec.partition(":")
     options = _Schema.FormalParameterOption
-    option = options.Optional if spec.endswith("?") else options.Single
-    return _Schema.FormalParameter(name, kind or "T", param_option=option)
+    option = options.Optional if name.endswith("?") else options.Single
+    return _Schema.FormalParameter(name.removesuffix("?"), kind or "T", param_option=option)
 
 
 _MULTI_HEAD_ATTENTION = _operator(
     "MultiHeadAttention",
-    ["query", "key", "value"],
+    ["query", "key", "value", "bias?", "key_padding_mask?:M"],
     ["output"],
     {"num_heads": _Schema.AttrType.INT, "scale": _Schema.AttrType.FLOAT},
 )

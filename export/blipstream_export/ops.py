@@ -12,8 +12,15 @@ from torch import Tensor
 
 
 @torch.library.custom_op("blipstream::attention", mutates_args=())
-def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Multi-head attention without a mask.
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    scale: float,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Multi-head attention, bidirectional.
 
     Args:
         query: (B, S, H * D).
@@ -21,12 +28,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: 
         value: (B, L, H * D).
         num_heads: H.
         scale: factor of the scores before the softmax.
+        key_padding_mask: (B, L) int32, 0 where a key is padding, which nothing attends to; by default none is.
 
     Returns:
         (B, S, H * D).
     """
     q, k, v = (_split_heads(x, num_heads) for x in (query, key, value))
     scores = (q * scale) @ k.transpose(2, 3)  # (B, H, S, L)
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(key_padding_mask[:, None, None] == 0, float("-inf"))
     return _join_heads(torch.softmax(scores, dim=-1) @ v)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from blipstream_export.models import opt
 from blipstream_export.models.opt import OPTDecoder
-from blipstream_export.models.qformer import QFormer
+from blipstream_export.models.qformer import InstructionQFormer, QFormer
 from blipstream_export.models.vision import VisionEncoder
 from blipstream_export.ops import attention, cached_attention
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from blipstream.decoding.request import Prompt
 from blipstream.engines.decoder import prefill_inputs
 from tests.checkpoints import OPT_VARIANTS, TinySizes, make_blip2_opt
+from tests.instructblip import make_instructblip_opt
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
@@ -41,6 +42,17 @@ def test_attention_equals_torch(heads: int, head_dim: int) -> None:
     split = [x.unflatten(-1, (heads, head_dim)).transpose(1, 2) for x in (query, key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(*split, scale=0.3).transpose(1, 2).flatten(2)
     assert_close(attention(query, key, value, heads, 0.3), expected)
+
+
+def test_padding_of_keys_is_not_attended_to() -> None:
+    query, key, value = torch.randn(3, 5, 12), *torch.randn(2, 3, 9, 12)
+    lengths = (9, 1, 6)
+    mask = torch.tensor([[1] * length + [0] * (9 - length) for length in lengths], dtype=torch.int32)
+    expected = [
+        attention(query[row : row + 1], key[row : row + 1, :length], value[row : row + 1, :length], 4, 0.4)
+        for row, length in enumerate(lengths)
+    ]
+    assert_close(attention(query, key, value, 4, 0.4, mask), torch.cat(expected))
 
 
 def test_attention_with_a_cache_equals_causal_attention_row_by_row() -> None:
@@ -100,21 +112,54 @@ def test_vision_encoder(qkv_bias: bool, hidden: int, heads: int, image_size: int
     assert_close(VisionEncoder(model)(pixel_values), model(pixel_values).last_hidden_state)
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        TinySizes(),
-        TinySizes(qformer_hidden=21, qformer_heads=3, qformer_layers=1, num_query_tokens=1),
-        TinySizes(cross_attention_frequency=1, qformer_layers=2, num_query_tokens=9),
-        TinySizes(cross_attention_frequency=3, qformer_layers=5),
-    ],
-    ids=str,
+QFORMER_SIZES = (
+    TinySizes(),
+    TinySizes(qformer_hidden=21, qformer_heads=3, qformer_layers=1, num_query_tokens=1),
+    TinySizes(cross_attention_frequency=1, qformer_layers=2, num_query_tokens=9),
+    TinySizes(cross_attention_frequency=3, qformer_layers=5),
 )
+
+
+@pytest.mark.parametrize("sizes", QFORMER_SIZES, ids=str)
 def test_qformer(sizes: TinySizes) -> None:
     model = make_blip2_opt(sizes=sizes)
     pixel_values = torch.randn(2, 3, sizes.image_size, sizes.image_size)
     features = model.get_image_features(pixel_values, return_dict=True)
     assert_close(QFormer(model)(features.last_hidden_state), features.pooler_output)
+
+
+@pytest.mark.parametrize("sizes", QFORMER_SIZES, ids=str)
+def test_instruction_qformer(sizes: TinySizes) -> None:
+    """Instructions of unequal lengths in one padded batch, each against itself alone in transformers."""
+    model = make_instructblip_opt(sizes=sizes, qformer={"hidden_act": "gelu_new"})
+    instructions = [torch.randint(5, 150, (length,)) for length in (7, 1, 40)]
+    ids, mask = pad(instructions, pad_id=0)
+    pixel_values = torch.randn(3, 3, sizes.image_size, sizes.image_size)
+    image_embeds = VisionEncoder(model.vision_model)(pixel_values)
+    alone = [
+        model.get_image_features(pixel_values[row : row + 1], ids[None]) for row, ids in enumerate(instructions)
+    ]
+    found = InstructionQFormer(model)(image_embeds, ids, mask)
+    assert_close(found, torch.cat([features.pooler_output for features in alone]))
+    assert_close(image_embeds, torch.cat([features.last_hidden_state for features in alone]))
+    other = InstructionQFormer(model)(image_embeds, ids.roll(1, 0), mask.roll(1, 0))
+    assert float((found - other).abs().max()) > 0.1, "the soft tokens hardly depend on the instruction"
+
+
+def test_padding_of_an_instruction_does_not_matter() -> None:
+    model = make_instructblip_opt()
+    qformer, image_embeds = InstructionQFormer(model), torch.randn(1, 17, 36)
+    ids = torch.tensor([[2, 17, 40, 3]])
+    found = qformer(image_embeds, ids, torch.ones_like(ids))
+    padded = torch.tensor([[2, 17, 40, 3, 9, 0, 33]])
+    assert_close(qformer(image_embeds, padded, torch.tensor([[1, 1, 1, 1, 0, 0, 0]])), found)
+
+
+def pad(rows: list[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids (B, S) and their mask (B, S), padded on the right."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 
 def test_soft_tokens_fill_narrow_embeddings_as_transformers_scatters_them() -> None:
