@@ -153,7 +153,8 @@ class _Build:
         with self._stage("bundle"):
             save_tokenizer(tokenizer, self._folder / BLIP2 / MODEL_VERSION / TOKENIZER_FILE)
             manifest = _manifest(checkpoint, sizes, generation, self._options.precision)
-            copy_models(self._folder, {**manifest.dims(), "max_sequences": sizes.max_sequences})
+            values = {**manifest.dims(), "max_sequences": sizes.max_sequences}
+            copy_models(self._folder, values, instructed=manifest.qformer.instruction is not None)
             manifest = manifest.model_copy(update={"files": list_files(self._folder)})
             manifest.dump(self._folder)
         with self._stage("parity"):

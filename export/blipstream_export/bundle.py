@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from blipstream.contract import MANIFEST_FILE, MODEL_VERSION, PARITY_FILE, TRITON_MODELS, FileEntry
+from blipstream.contract import MANIFEST_FILE, MODEL_NAMES, MODEL_VERSION, PARITY_FILE, FileEntry
 from blipstream.errors import BundleError
 
+_CONFIG, _INSTRUCTED_CONFIG = "config.pbtxt", "config.instructed.pbtxt"
 _HASH_CHUNK = 1 << 20
 
 
@@ -86,28 +87,35 @@ def model_repository() -> Path:
     raise BundleError(f"the Triton models are missing: expected {package / 'model_repository'}, as the wheel has it")
 
 
-def copy_models(bundle: Path, values: Mapping[str, int]) -> None:
+def copy_models(bundle: Path, values: Mapping[str, int], *, instructed: bool = False) -> None:
     """Copy every Triton model into the bundle, with ``$name`` in each ``config.pbtxt`` replaced by ``values[name]``.
+
+    Args:
+        bundle: the folder.
+        values: sizes by name.
+        instructed: whether the Q-Former reads instructions; models with another configuration then have it beside
+            the plain one, as ``config.instructed.pbtxt``.
 
     Raises:
         BundleError: a model of the contract is missing, or a configuration uses a name that has no value.
     """
     source = model_repository()
-    for model in TRITON_MODELS:
-        config = source / model.name / "config.pbtxt"
-        if not config.is_file():
-            raise BundleError(f"the Triton model {model.name} is missing: expected {config}")
+    for name in MODEL_NAMES:
+        model, target = source / name, bundle / name
+        if not (model / _CONFIG).is_file():
+            raise BundleError(f"the Triton model {name} is missing: expected {model / _CONFIG}")
         shutil.copytree(
-            config.parent,
-            bundle / model.name,
+            model,
+            target,
             dirs_exist_ok=True,
             copy_function=shutil.copyfile,
-            ignore=shutil.ignore_patterns("__pycache__", ".*", "*.pyc"),
+            ignore=shutil.ignore_patterns("__pycache__", ".*", "*.pyc", "*.pbtxt"),
         )
-        (bundle / model.name / MODEL_VERSION).mkdir(
-            exist_ok=True
-        )  # an ensemble's is empty, and git keeps no such folder
-        (bundle / model.name / config.name).write_text(_fill(config, values), encoding="utf-8")
+        (target / MODEL_VERSION).mkdir(exist_ok=True)  # an ensemble's is empty, and git keeps no such folder
+        template = model / _INSTRUCTED_CONFIG
+        if not (instructed and template.is_file()):
+            template = model / _CONFIG
+        (target / _CONFIG).write_text(_fill(template, values), encoding="utf-8")
 
 
 def _fill(config: Path, values: Mapping[str, int]) -> str:

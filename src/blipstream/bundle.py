@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blipstream.contract import TRITON_MODELS, Manifest
+from blipstream.contract import MODEL_NAMES, Manifest
 from blipstream.errors import BundleError
 
 
@@ -15,7 +15,7 @@ def check_bundle(bundle: Path) -> Manifest:
         BundleError: not a bundle, of another revision, or with files missing or of another size; all are named.
     """
     manifest = Manifest.load(bundle)
-    wanted = {*manifest.files, *(f"{model.name}/config.pbtxt" for model in TRITON_MODELS)}
+    wanted = {*manifest.files, *(f"{name}/config.pbtxt" for name in MODEL_NAMES)}
     missing = [name for name in sorted(wanted) if not (bundle / name).is_file()]
     if missing:
         raise BundleError(f"{bundle} is incomplete, build it again: it lacks {', '.join(missing)}")

@@ -44,6 +44,9 @@ DECODER_FILE = "decoder.onnx"
 TOKENIZER_FILE = "tokenizer.json"
 """Tokenizer of the language model (``tokenizers`` format), in the version folder of ``blip2``."""
 
+QFORMER_TOKENIZER_FILE = "qformer_tokenizer.json"
+"""Tokenizer of a Q-Former that reads instructions, beside the language model's."""
+
 DType = Literal["FP32", "FP16", "INT64", "INT32", "UINT64", "BOOL", "BYTES"]
 """Tensor types, by Triton's client-side names."""
 
@@ -56,6 +59,8 @@ class TensorSpec:
     dtype: DType
     shape: tuple[int | str, ...]
     optional: bool = False
+    ragged: bool = False
+    """Whether requests of different shapes may share a batch; the model pads them."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,20 @@ IMAGE_EMBEDS = TensorSpec("image_embeds", "FP32", ("num_image_tokens", "vision_h
 SOFT_TOKENS = TensorSpec("soft_tokens", "FP32", ("num_query_tokens", "decoder_hidden_size"))
 """The Q-Former's output, projected to the width of the language model: one soft token a query."""
 
+QFORMER_INPUT_IDS = TensorSpec("qformer_input_ids", "INT64", (-1,), ragged=True)
+"""Ids of an instruction, by the Q-Former's own tokenizer; in the graph (B, S), padded to one length."""
+QFORMER_ATTENTION_MASK = TensorSpec("qformer_attention_mask", "INT64", (-1,), ragged=True)
+"""1 for each id of an instruction, 0 for padding."""
+INSTRUCTION = (QFORMER_INPUT_IDS, QFORMER_ATTENTION_MASK)
+
 PREPROCESS_SPEC = ModelSpec(PREPROCESS, (IMAGE,), (PIXEL_VALUES,))
 VISION_ENCODER_SPEC = ModelSpec(VISION_ENCODER, (PIXEL_VALUES,), (IMAGE_EMBEDS,))
 QFORMER_SPEC = ModelSpec(QFORMER, (IMAGE_EMBEDS,), (SOFT_TOKENS,))
 IMAGE_FEATURES_SPEC = ModelSpec(IMAGE_FEATURES, (IMAGE,), (SOFT_TOKENS,))
+INSTRUCTED_QFORMER_SPEC = ModelSpec(QFORMER, (IMAGE_EMBEDS, *INSTRUCTION), (SOFT_TOKENS,))
+"""``qformer`` where the Q-Former reads an instruction as well (:class:`InstructionSection`)."""
+INSTRUCTED_IMAGE_FEATURES_SPEC = ModelSpec(IMAGE_FEATURES, (IMAGE, *INSTRUCTION), (SOFT_TOKENS, IMAGE_EMBEDS))
+"""It gives ``image_embeds`` too: another instruction about the same image needs the Q-Former alone."""
 
 
 def _optional(name: str, dtype: DType, shape: tuple[int | str, ...] = (1,)) -> TensorSpec:
@@ -128,15 +143,16 @@ a response stream of Triton carries an error's message without its code."""
 BLIP2_SPEC = ModelSpec(BLIP2, BLIP2_INPUTS, BLIP2_OUTPUTS)
 BLIP2_UNARY_SPEC = ModelSpec(BLIP2_UNARY, BLIP2_INPUTS, BLIP2_OUTPUTS)
 
-TRITON_MODELS = (
-    PREPROCESS_SPEC,
-    VISION_ENCODER_SPEC,
-    QFORMER_SPEC,
-    IMAGE_FEATURES_SPEC,
-    BLIP2_SPEC,
-    BLIP2_UNARY_SPEC,
-)
-"""Every model of a bundle, in the order in which they depend on each other."""
+MODEL_NAMES = (PREPROCESS, VISION_ENCODER, QFORMER, IMAGE_FEATURES, BLIP2, BLIP2_UNARY)
+"""Every Triton model of a bundle, in the order in which they depend on each other."""
+
+
+def triton_models(*, instructed: bool) -> tuple[ModelSpec, ...]:
+    """The models of :data:`MODEL_NAMES`, for a Q-Former that reads instructions or for one that does not."""
+    qformer = INSTRUCTED_QFORMER_SPEC if instructed else QFORMER_SPEC
+    image_features = INSTRUCTED_IMAGE_FEATURES_SPEC if instructed else IMAGE_FEATURES_SPEC
+    return (PREPROCESS_SPEC, VISION_ENCODER_SPEC, qformer, image_features, BLIP2_SPEC, BLIP2_UNARY_SPEC)
+
 
 # --- the decoder's graph -----------------------------------------------------------------------------------------
 #
@@ -202,12 +218,24 @@ class VisionSection(_Section):
     num_layers: int
 
 
+class InstructionSection(_Section):
+    """What the Q-Former reads of an instruction."""
+
+    vocab_size: int
+    max_tokens: int
+    """Tokens of an instruction at most, special tokens included: the positions that the Q-Former knows."""
+    pad_token_id: int
+    """Fills the ids of shorter instructions in a batch; the mask hides it."""
+
+
 class QFormerSection(_Section):
     """Sizes of the Q-Former."""
 
     num_query_tokens: int
     hidden_size: int
     num_layers: int
+    instruction: InstructionSection | None = None
+    """Set where the Q-Former reads the request's text as well (InstructBLIP)."""
 
 
 class DecoderSection(_Section):
@@ -282,6 +310,11 @@ class Manifest(_Section):
             "num_query_tokens": self.qformer.num_query_tokens,
             "decoder_hidden_size": self.decoder.hidden_size,
         }
+
+    @property
+    def models(self) -> tuple[ModelSpec, ...]:
+        """The Triton models of this bundle."""
+        return triton_models(instructed=self.qformer.instruction is not None)
 
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
         """Shape of a tensor in this bundle, without the batch dimension."""

@@ -18,7 +18,7 @@ from blipstream_export.cli import show
 from typer.testing import CliRunner
 
 from blipstream.cli import app
-from blipstream.contract import BUNDLE_REVISION, MANIFEST_FILE, PARITY_FILE, TRITON_MODELS, Manifest
+from blipstream.contract import BUNDLE_REVISION, MANIFEST_FILE, MODEL_NAMES, PARITY_FILE, Manifest
 
 COMMAND = [sys.executable, "-c", "from blipstream.cli import app; app()", "build"]
 GRAPHS = {"vision_encoder/1/model.onnx", "qformer/1/model.onnx", "blip2/1/decoder.onnx"}
@@ -31,10 +31,10 @@ def read_all(bundle: Path) -> dict[str, bytes]:
 def test_layout(random_bundle: BuildResult) -> None:
     bundle = random_bundle.bundle
     folders = {path.name for path in bundle.iterdir() if path.is_dir()}
-    assert folders == {model.name for model in TRITON_MODELS}  # nothing but Triton models: it is a model repository
+    assert folders == set(MODEL_NAMES)  # nothing but Triton models: it is a model repository
     files = set(read_all(bundle))
     assert files >= GRAPHS | {"blip2/1/tokenizer.json", MANIFEST_FILE, PARITY_FILE}
-    assert files >= {f"{model.name}/config.pbtxt" for model in TRITON_MODELS}
+    assert files >= {f"{name}/config.pbtxt" for name in MODEL_NAMES}
     assert not [name for name in files if "cache" in name or name.endswith(".pyc")]
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
 

@@ -9,7 +9,7 @@ import pytest
 from blipstream_export import bundle as bundle_module
 from blipstream_export.bundle import copy_models, list_files, model_repository, new_bundle
 
-from blipstream.contract import MANIFEST_FILE, TRITON_MODELS
+from blipstream.contract import MANIFEST_FILE, MODEL_NAMES
 from blipstream.errors import BundleError
 
 VALUES = {
@@ -85,14 +85,17 @@ def test_an_empty_folder_may_become_a_bundle(tmp_path: Path) -> None:
     assert (tmp_path / "bundle" / MANIFEST_FILE).read_text() == "new"
 
 
-def test_models_are_copied_and_filled_in(tmp_path: Path) -> None:
-    copy_models(tmp_path, VALUES)
-    assert {path.name for path in tmp_path.iterdir()} == {model.name for model in TRITON_MODELS}
-    for model in TRITON_MODELS:
-        config = (tmp_path / model.name / "config.pbtxt").read_text()
+@pytest.mark.parametrize("instructed", [False, True])
+def test_models_are_copied_and_filled_in(instructed: bool, tmp_path: Path) -> None:
+    copy_models(tmp_path, VALUES, instructed=instructed)
+    assert {path.name for path in tmp_path.iterdir()} == set(MODEL_NAMES)
+    for name in MODEL_NAMES:
+        assert [path.name for path in (tmp_path / name).glob("*.pbtxt")] == ["config.pbtxt"]
+        config = (tmp_path / name / "config.pbtxt").read_text()
         assert "$" not in config
-        assert f'name: "{model.name}"' in config
-        assert (tmp_path / model.name / "1").is_dir()
+        assert f'name: "{name}"' in config
+        assert ("qformer_input_ids" in config) == (instructed and name in ("qformer", "image_features"))
+        assert (tmp_path / name / "1").is_dir()
     assert "dims: [ 3, 28, 28 ]" in (tmp_path / "preprocess" / "config.pbtxt").read_text()
     assert not list(tmp_path.rglob("__pycache__"))
 

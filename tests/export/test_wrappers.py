@@ -136,9 +136,7 @@ def test_instruction_qformer(sizes: TinySizes) -> None:
     ids, mask = pad(instructions, pad_id=0)
     pixel_values = torch.randn(3, 3, sizes.image_size, sizes.image_size)
     image_embeds = VisionEncoder(model.vision_model)(pixel_values)
-    alone = [
-        model.get_image_features(pixel_values[row : row + 1], ids[None]) for row, ids in enumerate(instructions)
-    ]
+    alone = [model.get_image_features(pixel_values[row : row + 1], ids[None]) for row, ids in enumerate(instructions)]
     found = InstructionQFormer(model)(image_embeds, ids, mask)
     assert_close(found, torch.cat([features.pooler_output for features in alone]))
     assert_close(image_embeds, torch.cat([features.last_hidden_state for features in alone]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -195,8 +195,8 @@ def _triton_codes() -> dict[str, Any]:
     return dict(zip(ERROR_CODES, (error.INVALID_ARG, error.UNAVAILABLE, error.INTERNAL), strict=True))
 
 
-def run_model(model: str, inputs: Mapping[str, Array], output: str) -> Array:
-    """Run another model of the server (BLS) and return one of its outputs; blocks until it has answered.
+def run_model(model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    """Run another model of the server (BLS) and return the outputs by name; blocks until it has answered.
 
     Raises:
         EngineError: the model answered with an error, whose code this version of Triton does not tell.
@@ -204,12 +204,11 @@ def run_model(model: str, inputs: Mapping[str, Array], output: str) -> Array:
     import triton_python_backend_utils as pb_utils
 
     tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
-    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=[output], inputs=tensors)
+    request = pb_utils.InferenceRequest(model_name=model, requested_output_names=list(outputs), inputs=tensors)
     response = request.exec()
     if response.has_error():
         raise EngineError(str(response.error().message()))
-    result: Array = pb_utils.get_output_tensor_by_name(response, output).as_numpy()
-    return result
+    return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
 
 
 def _parameters(request: Any) -> dict[str, Any]:

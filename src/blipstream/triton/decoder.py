@@ -5,30 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import numpy as np
-
-from blipstream.contract import (
-    DECODER_FILE,
-    IMAGE,
-    IMAGE_EMBEDS,
-    IMAGE_FEATURES,
-    PIXEL_VALUES,
-    QFORMER,
-    SOFT_TOKENS,
-    TOKENIZER_FILE,
-    VISION_ENCODER,
-)
+from blipstream.contract import DECODER_FILE, TOKENIZER_FILE
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import CachedDecoder
-from blipstream.errors import EngineError
-from blipstream.features import Features
-from blipstream.preprocess import ImageLimits, decode_image, limit_pillow
-from blipstream.triton.calls import CANCEL_PARAMETER, Array, TritonCall, run_model
-from blipstream.triton.inputs import ImageSource, RequestParser
+from blipstream.instructions import InstructionEncoder
+from blipstream.preprocess import ImageLimits, limit_pillow
+from blipstream.triton.calls import CANCEL_PARAMETER, TritonCall
+from blipstream.triton.images import ImageModels
+from blipstream.triton.inputs import RequestParser
 from blipstream.triton.lifeline import LIFELINE_VARIABLE, watch_lifeline
 from blipstream.triton.metrics import MetricsPublisher, ServingMetrics, triton_family
 from blipstream.triton.model import ModelFolder
@@ -59,10 +46,10 @@ class DecoderModel:
             )
 
         self._service = GenerationService(
-            RequestParser(manifest, config),
+            RequestParser(manifest, config, InstructionEncoder.load(folder.path, manifest)),
             tokenizer,
             manifest.generation.empty_prompt_ids,
-            partial(compute_features, limits=limits),
+            ImageModels(limits),
             make_loop,
             config,
             capacity,
@@ -100,28 +87,3 @@ class DecoderModel:
                 daemon=True,
             )
             stop.start()
-
-
-def compute_features(image: ImageSource, limits: ImageLimits) -> Features:
-    """Soft tokens (Q, D) of an image, by the other models of the server; blocks until they have answered.
-
-    Raises:
-        InvalidImageError: the image cannot be decoded.
-        EngineError: a model failed.
-    """
-    if image.pixels is not None:
-        embeds = run_model(VISION_ENCODER, {PIXEL_VALUES.name: image.pixels[None]}, IMAGE_EMBEDS.name)  # (1, N, D_v)
-        soft_tokens = run_model(QFORMER, {IMAGE_EMBEDS.name: embeds}, SOFT_TOKENS.name)  # (1, Q, D)
-    elif image.file is not None:
-        soft_tokens = _features_of_file(image.file, limits)
-    else:
-        raise ValueError("an image source holds a file or pixels")
-    return np.array(soft_tokens[0], np.float32)  # a copy: the response's memory is Triton's
-
-
-def _features_of_file(file: bytes, limits: ImageLimits) -> Array:
-    try:
-        return run_model(IMAGE_FEATURES, {IMAGE.name: np.array([[file]], np.object_)}, SOFT_TOKENS.name)  # (1, Q, D)
-    except EngineError:
-        decode_image(file, limits)  # raises when, as preprocess found, the image is at fault
-        raise

@@ -18,6 +18,7 @@ from blipstream.config import ServerConfig
 from blipstream.contract import BLIP2_INPUTS, Manifest
 from blipstream.decoding.request import SamplingParams
 from blipstream.errors import InvalidRequestError
+from blipstream.instructions import InstructionEncoder
 from blipstream.preprocess import ImageLimits, resolve_image
 
 Array = npt.NDArray[Any]
@@ -42,6 +43,8 @@ class ParsedRequest:
 
     image: ImageSource
     text: str
+    instruction: tuple[int, ...] | None
+    """The text's ids for the Q-Former; None where it reads no instruction."""
     params: SamplingParams
     stream: bool
 
@@ -52,9 +55,13 @@ class RequestParser:
     Args:
         manifest: the bundle's image size and defaults of generation.
         config: limits on images and text.
+        instructions: encodes a text for the Q-Former, where it reads one.
     """
 
-    def __init__(self, manifest: Manifest, config: ServerConfig) -> None:
+    def __init__(
+        self, manifest: Manifest, config: ServerConfig, instructions: InstructionEncoder | None = None
+    ) -> None:
+        self._instructions = instructions
         self._image_size = manifest.image.size
         self._generation = manifest.generation
         self._limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
@@ -65,13 +72,16 @@ class RequestParser:
 
         Raises:
             InvalidRequestError: an input is malformed, contradicts another or asks for what is not served.
+            PromptTooLongError: the text is longer than the Q-Former reads.
         """
         unknown = sorted(set(inputs) - KNOWN_INPUTS)
         if unknown:
             raise InvalidRequestError(f"there is no input called {unknown[0]!r}")
+        text = self._text("text_input", _scalar(inputs, "text_input"))
         return ParsedRequest(
             image=self._image(inputs),
-            text=self._text("text_input", _scalar(inputs, "text_input")),
+            text=text,
+            instruction=None if self._instructions is None else self._instructions.encode(text),
             params=self._params(inputs),
             stream=bool(_scalar(inputs, "stream") or False),
         )

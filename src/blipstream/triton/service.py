@@ -11,9 +11,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from blipstream.config import ServerConfig
 from blipstream.decoding.loop import DecodeLoop
@@ -26,7 +26,7 @@ from blipstream.errors import (
     RequestTimeoutError,
     ServerBusyError,
 )
-from blipstream.features import Features, FeatureSource
+from blipstream.features import Features, ImageFeatures, SoftTokenSource
 from blipstream.triton.calls import Call
 from blipstream.triton.cancellation import CancellationWatch
 from blipstream.triton.inputs import ImageSource, ParsedRequest, RequestParser
@@ -52,6 +52,22 @@ _OUTCOMES: dict[type[BlipstreamError], str] = {
 }
 
 
+class ImageReader(Protocol):
+    """Runs the models that read images; each method blocks until they have answered."""
+
+    def soft_tokens(self, image: ImageSource) -> Features:
+        """Soft tokens (Q, D) of an image."""
+        ...
+
+    def features(self, image: ImageSource, instruction: Sequence[int]) -> ImageFeatures:
+        """Soft tokens of an image and an instruction, and what another instruction about the image needs."""
+        ...
+
+    def soft_tokens_of(self, image_embeds: Features, instruction: Sequence[int]) -> Features:
+        """Soft tokens (Q, D) of another instruction about an image."""
+        ...
+
+
 class GenerationService:
     """Serves calls until it is closed.
 
@@ -59,7 +75,7 @@ class GenerationService:
         parser: checks inputs.
         tokenizer: the language model's.
         empty_prompt_ids: stand for a request's text when there is none.
-        compute_features: blocks until the soft tokens (Q, D) of an image are computed.
+        images: reads the images.
         make_loop: makes the decode loop that reports to the given observer.
         config: queue size, timeouts, cache budget.
         capacity: sequences that run at once.
@@ -70,7 +86,7 @@ class GenerationService:
         parser: RequestParser,
         tokenizer: Tokenizer,
         empty_prompt_ids: tuple[int, ...],
-        compute_features: Callable[[ImageSource], Features],
+        images: ImageReader,
         make_loop: Callable[[ServingMetrics], DecodeLoop],
         config: ServerConfig,
         capacity: int,
@@ -79,10 +95,10 @@ class GenerationService:
         self._parser = parser
         self._tokenizer = tokenizer
         self._empty_prompt_ids = empty_prompt_ids
-        self._compute_features = compute_features
+        self._images = images
         self._config = config
         self._limit = config.queue_size + capacity
-        self._features = FeatureSource(config.cache_bytes)
+        self._features = SoftTokenSource(config.cache_bytes)
         self._decode_loop = make_loop(self.metrics)
         self._writer = ResponseWriter()
         self._watch = CancellationWatch[Session](self._on_cancel)
@@ -131,6 +147,7 @@ class GenerationService:
         return {
             "feature_cache_hits_total": self._features.num_hits,
             "feature_cache_misses_total": self._features.num_misses,
+            "feature_cache_embeds_hits_total": self._features.num_embeds_hits,
             "feature_cache_bytes": self._features.num_bytes,
             "running_sequences": running,
             "waiting_requests": waiting,
@@ -168,7 +185,7 @@ class GenerationService:
                 raise asyncio.CancelledError
             parsed = await self._on(self._parsers, lambda: self._parser.parse(call.inputs()))
             session.stream = parsed.stream
-            soft_tokens = await self._wait_for_features(call, parsed.image)
+            soft_tokens = await self._wait_for_features(call, parsed)
             self._decode_loop.submit(self._request(session, parsed, soft_tokens))
         except asyncio.CancelledError:
             session.cancel()
@@ -180,16 +197,26 @@ class GenerationService:
         finally:
             session.task = None
 
-    async def _wait_for_features(self, call: Call, image: ImageSource) -> Features:
-        """Soft tokens (Q, D) of an image, if they come before the call's time is up."""
+    async def _soft_tokens(self, parsed: ParsedRequest) -> Features:
+        """Soft tokens (Q, D) of a request's image, and of its text where the Q-Former reads it."""
+        images, image, instruction = self._images, parsed.image, parsed.instruction
+        if instruction is None:
+            return await self._features.get(
+                image.key, lambda: self._on(self._workers, lambda: images.soft_tokens(image))
+            )
+        return await self._features.get_instructed(
+            image.key,
+            instruction,
+            lambda: self._on(self._workers, lambda: images.features(image, instruction)),
+            lambda embeds: self._on(self._workers, lambda: images.soft_tokens_of(embeds, instruction)),
+        )
 
-        def compute() -> asyncio.Future[Features]:
-            return self._on(self._workers, lambda: self._compute_features(image))
-
+    async def _wait_for_features(self, call: Call, parsed: ParsedRequest) -> Features:
+        """The soft tokens, if they come before the call's time is up."""
         start_by = self._start_by(call)
         left = None if start_by is None else start_by - time.monotonic()
         try:
-            return await asyncio.wait_for(self._features.get(image.key, compute), left)
+            return await asyncio.wait_for(self._soft_tokens(parsed), left)
         except asyncio.TimeoutError:
             raise RequestTimeoutError(
                 f"the request waited {time.monotonic() - call.arrived_at:.3f} s for its image features, and its "

@@ -16,6 +16,7 @@ from blipstream.contract import (
     DecoderSection,
     GenerationSection,
     ImageSection,
+    InstructionSection,
     Manifest,
     QFormerSection,
     VisionSection,
@@ -27,8 +28,8 @@ from tests.unit.decoding.fakes import EOS, VOCAB_SIZE
 IMAGE_SIZE = 8
 
 
-def make_manifest(**decoder: int) -> Manifest:
-    """A manifest for the byte tokenizer and the fake decoder."""
+def make_manifest(*, instructed: bool = False, **decoder: int) -> Manifest:
+    """A manifest for the byte tokenizer and the fake decoder; ``instructed``, with a Q-Former that reads texts."""
     sizes = {"max_sequences": 4, "max_tokens": 64, **decoder}
     return Manifest(
         revision=BUNDLE_REVISION,
@@ -40,7 +41,12 @@ def make_manifest(**decoder: int) -> Manifest:
             size=IMAGE_SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resample="bicubic", rescale_factor=1 / 255
         ),
         vision=VisionSection(num_image_tokens=5, hidden_size=6, num_layers=1),
-        qformer=QFormerSection(num_query_tokens=2, hidden_size=6, num_layers=1),
+        qformer=QFormerSection(
+            num_query_tokens=2,
+            hidden_size=6,
+            num_layers=1,
+            instruction=InstructionSection(vocab_size=50, max_tokens=9, pad_token_id=7) if instructed else None,
+        ),
         decoder=DecoderSection(
             family="opt",
             num_layers=1,

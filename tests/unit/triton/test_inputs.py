@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from blipstream.config import ServerConfig
-from blipstream.errors import InvalidImageError, InvalidRequestError
+from blipstream.errors import InvalidImageError, InvalidRequestError, PromptTooLongError
+from blipstream.instructions import InstructionEncoder
 from blipstream.triton.inputs import ParsedRequest, RequestParser
+from tests.unit.decoding.fakes import byte_tokenizer
 from tests.unit.triton.fakes import IMAGE_SIZE, make_manifest, tensors
 
 FILE = b"\x89PNG and so on"
@@ -31,6 +33,18 @@ def test_an_image_alone_is_enough() -> None:
     assert not request.stream
     assert request.params.max_tokens == 20
     assert request.params.greedy
+
+
+def test_a_text_is_an_instruction_where_the_qformer_reads_one() -> None:
+    manifest = make_manifest(instructed=True)
+    assert manifest.qformer.instruction is not None
+    encoder = InstructionEncoder(byte_tokenizer(), manifest.qformer.instruction)
+    parser = RequestParser(manifest, ServerConfig(), encoder)
+    assert parse(image=FILE, text_input=b"ab").instruction is None
+    assert parser.parse(tensors(image=FILE, text_input=b"ab")).instruction == (97, 98)
+    assert parser.parse(tensors(image=FILE)).instruction == ()
+    with pytest.raises(PromptTooLongError, match="has 10 tokens for the Q-Former"):
+        parser.parse(tensors(image=FILE, text_input=b"a" * 10))
 
 
 def test_every_parameter_arrives() -> None:

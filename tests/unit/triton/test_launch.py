@@ -17,7 +17,7 @@ import pytest
 
 from blipstream.bundle import check_bundle
 from blipstream.config import ServerConfig
-from blipstream.contract import TRITON_MODELS, FileEntry
+from blipstream.contract import MODEL_NAMES, FileEntry
 from blipstream.errors import BundleError, ServerStartError
 from blipstream.triton import guard, installation
 from blipstream.triton.installation import Installation
@@ -58,7 +58,7 @@ def test_wrong_settings_are_named(variables: dict[str, str], fault: str) -> None
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """A folder with the files of a bundle and nothing of use in them."""
-    names = [f"{model.name}/config.pbtxt" for model in TRITON_MODELS] + ["blip2/1/decoder.onnx"]
+    names = [f"{name}/config.pbtxt" for name in MODEL_NAMES] + ["blip2/1/decoder.onnx"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("abc")

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +25,11 @@ from blipstream.errors import (
     RequestTimeoutError,
     ServerBusyError,
 )
+from blipstream.instructions import instruction_inputs
 from blipstream.preprocess import ImageTransform
 from blipstream.triton.calls import Answer, TritonCall, forwarded_error, triton_error
-from blipstream.triton.graph import run_batch
+from blipstream.triton.graph import QFormerModel
+from blipstream.triton.model import ModelFolder
 from blipstream.triton.preprocess import PreprocessModel
 from tests.unit.triton.fakes import Request, Response, TritonError, backend_module, make_manifest
 
@@ -36,48 +39,127 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", backend_module())
 
 
-# --- run_batch -------------------------------------------------------------------------------------------------------
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+EMBEDS = (5, 6)
+"""Shape of ``image_embeds`` in the fake manifest."""
 
 
-def double(batch: np.ndarray) -> np.ndarray:
-    return batch * 2
+class FakeEngine:
+    """Soft tokens are the sums of the embeds and of the ids that the mask shows."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, np.ndarray]] = []
+        self.error: EngineError | None = None
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self.batches.append(inputs)
+        if self.error is not None:
+            raise self.error
+        sums = inputs["image_embeds"].sum((1, 2))
+        if "qformer_input_ids" in inputs:
+            sums = sums + (inputs["qformer_input_ids"] * inputs["qformer_attention_mask"]).sum(1)
+        return {"soft_tokens": np.broadcast_to(sums[:, None, None], (len(sums), 2, 4)).astype(np.float32)}
+
+    def close(self) -> None:
+        pass
 
 
-def test_each_request_gets_its_own_rows() -> None:
-    arrays = [np.full((rows, 3), rows, np.float32) for rows in (1, 3, 2)]
-    results = run_batch(double, arrays, "x")
-    for array, result in zip(arrays, results, strict=True):
-        np.testing.assert_array_equal(result, array * 2)
+class Served:
+    """A ``qformer`` over a fake engine."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *, instructed: bool) -> None:
+        self.engine = FakeEngine()
+        monkeypatch.setattr(ModelFolder, "load_engine", lambda _folder, _file: self.engine)
+        make_manifest(instructed=instructed).dump(folder)
+        self.model = QFormerModel()
+        with warnings.catch_warnings():
+            self.model.initialize(
+                {"model_name": "qformer", "model_repository": str(folder / "qformer"), "model_version": "1"}
+            )
+
+    def ask(self, *requests: dict[str, np.ndarray]) -> list[Any]:
+        """For each request: the first number of each of its rows, or its error's message."""
+        responses = self.model.execute([Request(inputs) for inputs in requests])
+        return [
+            response.error().message()
+            if response.has_error()
+            else response.output_tensors()[0].as_numpy()[:, 0, 0].tolist()
+            for response in responses
+        ]
 
 
-def test_numbers_that_are_not_finite_fail_their_request_and_leave_the_batch() -> None:
-    batches = []
-
-    def run(batch: np.ndarray) -> np.ndarray:
-        batches.append(len(batch))
-        return batch
-
-    arrays = [np.full((1, 3), value, np.float32) for value in (1, np.nan, 2, np.inf)]
-    results = run_batch(run, arrays, "x")
-    assert batches == [2]
-    np.testing.assert_array_equal(results[0], arrays[0])
-    np.testing.assert_array_equal(results[2], arrays[2])
-    for result in (results[1], results[3]):
-        assert isinstance(result, InvalidRequestError)
-        assert str(result) == "x must hold finite numbers, but some are NaN or infinite"
+def embeds(*values: float) -> np.ndarray:
+    """Embeds of one image a value, which is their sum."""
+    array = np.zeros((len(values), *EMBEDS), np.float32)
+    array[:, 0, 0] = values
+    return array
 
 
-def test_a_batch_of_faults_runs_nothing() -> None:
-    results = run_batch(lambda _: pytest.fail("nothing was to run"), [np.full((1, 2), np.nan)], "x")
-    assert isinstance(results[0], InvalidRequestError)
+def instructed(value: float, *ids: int) -> dict[str, np.ndarray]:
+    return {"image_embeds": embeds(value), **instruction_inputs(ids)}
 
 
-def test_a_failing_engine_fails_every_sound_request() -> None:
-    def run(batch: np.ndarray) -> np.ndarray:
-        raise EngineError("broken")
+@pytest.fixture
+def qformer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    return Served(tmp_path, monkeypatch, instructed=False)
 
-    results = run_batch(run, [np.ones((1, 2)), np.full((1, 2), np.nan), np.ones((1, 2))], "x")
-    assert [type(result) for result in results] == [EngineError, InvalidRequestError, EngineError]
+
+@pytest.fixture
+def instructed_qformer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    return Served(tmp_path, monkeypatch, instructed=True)
+
+
+def test_each_request_gets_its_own_rows(qformer: Served) -> None:
+    values = ((1.0,), (2.0, 3.0, 4.0), (5.0, 6.0))
+    assert qformer.ask(*({"image_embeds": embeds(*rows)} for rows in values)) == [list(rows) for rows in values]
+    assert [len(batch["image_embeds"]) for batch in qformer.engine.batches] == [6]
+
+
+def test_numbers_that_are_not_finite_fail_their_request_and_leave_the_batch(qformer: Served) -> None:
+    fault = "image_embeds must hold finite numbers, but some are NaN or infinite"
+    found = qformer.ask(*({"image_embeds": embeds(value)} for value in (1, np.nan, 2, np.inf)))
+    assert found == [[1.0], fault, [2.0], fault]
+    assert [len(batch["image_embeds"]) for batch in qformer.engine.batches] == [2]
+
+
+def test_a_batch_of_faults_runs_nothing(qformer: Served) -> None:
+    (fault,) = qformer.ask({"image_embeds": embeds(np.nan)})
+    assert "finite" in fault
+    assert not qformer.engine.batches
+
+
+def test_a_failing_engine_fails_every_sound_request(qformer: Served) -> None:
+    qformer.engine.error = EngineError("broken")
+    found = qformer.ask(*({"image_embeds": embeds(value)} for value in (1, np.nan, 2)))
+    assert [found[0], found[2]] == ["broken", "broken"]
+    assert "finite" in found[1]
+
+
+def test_instructions_of_unequal_lengths_share_a_batch(instructed_qformer: Served) -> None:
+    requests = [instructed(100, 1, 2, 3), instructed(200, 4), instructed(300), instructed(400, *range(9))]
+    assert instructed_qformer.ask(*requests) == [[106.0], [204.0], [300.0], [436.0]]
+    (batch,) = instructed_qformer.engine.batches
+    assert batch["qformer_input_ids"][1].tolist() == [4, 7, 7, 7, 7, 7, 7, 7, 7]
+    assert batch["qformer_attention_mask"].sum(1).tolist() == [3, 1, 0, 9]
+
+
+def test_a_bad_instruction_fails_its_own_request_alone(instructed_qformer: Served) -> None:
+    short = {**instructed(5, 1, 2), "qformer_attention_mask": np.ones((1, 1), np.int64)}
+    found = instructed_qformer.ask(
+        instructed(1, 1),
+        instructed(2, 50),
+        instructed(3, 1, 2),
+        instructed(4, *range(10)),
+        short,
+        instructed(np.inf, 1),
+    )
+    assert (found[0], found[2]) == ([2.0], [6.0])
+    assert "qformer_input_ids must hold numbers from 0 to 49, but one of them is 50" in found[1]
+    assert "qformer_input_ids must hold 1 to 9 ids, but it holds 10" in found[3]
+    assert "must have one shape" in found[4]
+    assert "image_embeds must hold finite numbers" in found[5]
+    assert [len(batch["image_embeds"]) for batch in instructed_qformer.engine.batches] == [2]
 
 
 # --- preprocess ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from blipstream_export.bundle import copy_models, model_repository
 
-from blipstream.contract import BLIP2, BLIP2_UNARY, IMAGE_FEATURES, TRITON_MODELS, ModelSpec, TensorSpec
+from blipstream.contract import BLIP2, BLIP2_UNARY, IMAGE_FEATURES, MODEL_NAMES, Manifest, ModelSpec, TensorSpec
 from tests.unit.triton.fakes import make_manifest
 
 text_format = pytest.importorskip("google.protobuf.text_format")
@@ -19,11 +19,16 @@ DATA_TYPES = {"BYTES": "STRING"}
 BATCH_SIZES = {BLIP2: 1, BLIP2_UNARY: 1}
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["BLIP-2", "InstructBLIP"])
+def manifest(request: pytest.FixtureRequest) -> Manifest:
+    return make_manifest(instructed=request.param)
+
+
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
-    manifest = make_manifest()
-    copy_models(folder, {**manifest.dims(), "max_sequences": manifest.decoder.max_sequences})
+    values = {**manifest.dims(), "max_sequences": manifest.decoder.max_sequences}
+    copy_models(folder, values, instructed=manifest.qformer.instruction is not None)
     return folder
 
 
@@ -32,46 +37,54 @@ def read_config(bundle: Path, model: str) -> Any:
     return text_format.Parse(text, model_config_pb2.ModelConfig())
 
 
+def find_spec(manifest: Manifest, name: str) -> ModelSpec:
+    (spec,) = (model for model in manifest.models if model.name == name)
+    return spec
+
+
 def declared(tensor: Any) -> tuple[str, str, tuple[int, ...]]:
     data_type = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
     return tensor.name, data_type, tuple(tensor.dims)
 
 
-def expected(spec: TensorSpec) -> tuple[str, str, tuple[int, ...]]:
-    return spec.name, DATA_TYPES.get(spec.dtype, spec.dtype), make_manifest().shape(spec)
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_tensors_are_those_of_the_contract(bundle: Path, manifest: Manifest, name: str) -> None:
+    def expected(tensor: TensorSpec) -> tuple[str, str, tuple[int, ...]]:
+        return tensor.name, DATA_TYPES.get(tensor.dtype, tensor.dtype), manifest.shape(tensor)
 
-
-@pytest.mark.parametrize("spec", TRITON_MODELS, ids=lambda spec: spec.name)
-def test_tensors_are_those_of_the_contract(bundle: Path, spec: ModelSpec) -> None:
-    config = read_config(bundle, spec.name)
-    assert config.name == spec.name
+    config, spec = read_config(bundle, name), find_spec(manifest, name)
+    assert config.name == name
     assert [declared(tensor) for tensor in config.input] == [expected(tensor) for tensor in spec.inputs]
     assert [declared(tensor) for tensor in config.output] == [expected(tensor) for tensor in spec.outputs]
     assert [tensor.optional for tensor in config.input] == [tensor.optional for tensor in spec.inputs]
+    batches = config.HasField("dynamic_batching")  # what does not batch has no batch to be ragged
+    assert [tensor.allow_ragged_batch for tensor in config.input] == [
+        batches and tensor.ragged for tensor in spec.inputs
+    ]
 
 
-@pytest.mark.parametrize("spec", TRITON_MODELS, ids=lambda spec: spec.name)
-def test_batching_and_transaction_policy(bundle: Path, spec: ModelSpec) -> None:
-    config = read_config(bundle, spec.name)
-    assert config.max_batch_size == BATCH_SIZES.get(spec.name, 8)
-    assert config.model_transaction_policy.decoupled == (spec.name == BLIP2)
-    batches_dynamically = spec.name in ("preprocess", "vision_encoder", "qformer")
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_batching_and_transaction_policy(bundle: Path, name: str) -> None:
+    config = read_config(bundle, name)
+    assert config.max_batch_size == BATCH_SIZES.get(name, 8)
+    assert config.model_transaction_policy.decoupled == (name == BLIP2)
+    batches_dynamically = name in ("preprocess", "vision_encoder", "qformer")
     assert config.HasField("dynamic_batching") == batches_dynamically
 
 
-def test_the_ensemble_passes_each_tensor_on(bundle: Path) -> None:
+def test_the_ensemble_passes_each_tensor_on(bundle: Path, manifest: Manifest) -> None:
     config = read_config(bundle, IMAGE_FEATURES)
-    specs = {spec.name: spec for spec in TRITON_MODELS}
     for step in config.ensemble_scheduling.step:
-        assert dict(step.input_map) == {tensor.name: tensor.name for tensor in specs[step.model_name].inputs}
-        assert dict(step.output_map) == {tensor.name: tensor.name for tensor in specs[step.model_name].outputs}
+        spec = find_spec(manifest, step.model_name)
+        assert dict(step.input_map) == {tensor.name: tensor.name for tensor in spec.inputs}
+        assert dict(step.output_map) == {tensor.name: tensor.name for tensor in spec.outputs}
     assert [step.model_name for step in config.ensemble_scheduling.step] == ["preprocess", "vision_encoder", "qformer"]
 
 
-@pytest.mark.parametrize("spec", TRITON_MODELS, ids=lambda spec: spec.name)
-def test_model_files_re_export_a_class(spec: ModelSpec) -> None:
-    path = model_repository() / spec.name / "1" / "model.py"
-    if spec.name == IMAGE_FEATURES:
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_model_files_re_export_a_class(name: str) -> None:
+    path = model_repository() / name / "1" / "model.py"
+    if name == IMAGE_FEATURES:
         assert not path.exists()
         return
     imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ import pytest
 from blipstream.config import ServerConfig
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.errors import EngineError, InvalidImageError, PromptTooLongError, RequestTimeoutError, ServerBusyError
-from blipstream.features import Features
+from blipstream.features import Features, ImageFeatures
+from blipstream.instructions import InstructionEncoder
 from blipstream.triton.inputs import ImageSource, RequestParser
 from blipstream.triton.service import GenerationService
 from tests.unit.decoding.fakes import EOS, FakeDecoder, byte_tokenizer
@@ -38,15 +39,29 @@ class SlowDecoder(FakeDecoder):
 
 
 class Images:
-    """Computes the features of an image: one soft token for each of its first two bytes."""
+    """Computes the features of an image: one soft token for each of its first two bytes.
+
+    An instruction adds its sum to the soft tokens.
+    """
 
     def __init__(self) -> None:
         self.calls: list[bytes] = []
+        """Images that the ViT has read."""
+        self.rereads: list[tuple[int, ...]] = []
+        """Instructions for which the Q-Former alone has run."""
         self.going = threading.Event()
         self.going.set()
         self.error: Exception | None = None
 
-    def __call__(self, image: ImageSource) -> Features:
+    def features(self, image: ImageSource, instruction: Sequence[int]) -> ImageFeatures:
+        image_embeds = self.soft_tokens(image)
+        return ImageFeatures(image_embeds + sum(instruction), image_embeds)
+
+    def soft_tokens_of(self, image_embeds: Features, instruction: Sequence[int]) -> Features:
+        self.rereads.append(tuple(instruction))
+        return image_embeds + np.float32(sum(instruction))
+
+    def soft_tokens(self, image: ImageSource) -> Features:
         assert image.file is not None
         self.calls.append(image.file)
         self.going.wait(60)
@@ -58,12 +73,17 @@ class Images:
 class Bench:
     """A running service with its decoder and image models."""
 
-    def __init__(self, *, max_sequences: int = 2, max_tokens: int = 64, **config: Any) -> None:
+    def __init__(
+        self, *, max_sequences: int = 2, max_tokens: int = 64, instructed: bool = False, **config: Any
+    ) -> None:
         self.decoder = SlowDecoder(max_sequences=max_sequences, max_tokens=max_tokens, eos_bias=NO_EOS)
         self.images = Images()
         settings = ServerConfig(**{"request_timeout": 0.0, **config})
+        manifest = make_manifest(max_sequences=max_sequences, max_tokens=max_tokens, instructed=instructed)
+        section = manifest.qformer.instruction
+        encoder = None if section is None else InstructionEncoder(byte_tokenizer(), section)
         self.service = GenerationService(
-            RequestParser(make_manifest(max_sequences=max_sequences, max_tokens=max_tokens), settings),
+            RequestParser(manifest, settings, encoder),
             byte_tokenizer(),
             (EOS,),
             self.images,
@@ -156,6 +176,47 @@ def test_an_image_is_computed_once(bench: Bench) -> None:
     gauges = bench.service.gauges()
     assert (gauges["feature_cache_hits_total"], gauges["feature_cache_misses_total"]) == (2, 2)
     assert gauges["feature_cache_bytes"] == 2 * 32
+
+
+@pytest.fixture
+def instructed_bench() -> Iterator[Bench]:
+    bench = Bench(instructed=True)
+    yield bench
+    bench.images.going.set()
+    bench.service.close()
+
+
+def test_another_instruction_about_an_image_runs_the_qformer_alone(instructed_bench: Bench) -> None:
+    bench = instructed_bench
+    answers = [bench.ask(text_input=text, max_tokens=4).wait().token_ids for text in (b"a", b"bc", b"a", b"")]
+    assert answers[0] == answers[2]
+    assert len(set(answers)) == 3
+    assert bench.images.calls == [b"\x00image"]
+    assert bench.images.rereads == [(98, 99), ()]
+    gauges = bench.service.gauges()
+    assert (gauges["feature_cache_hits_total"], gauges["feature_cache_misses_total"]) == (1, 3)
+    assert gauges["feature_cache_embeds_hits_total"] == 2
+    assert gauges["feature_cache_bytes"] == 4 * 32
+
+
+def test_concurrent_instructions_about_one_image_share_the_vit(instructed_bench: Bench) -> None:
+    bench = instructed_bench
+    bench.images.going.clear()
+    calls = [bench.ask(text_input=b"%d" % (i % 4), max_tokens=3) for i in range(12)]
+    wait_until(lambda: bench.service.gauges()["feature_cache_embeds_hits_total"] == 3)
+    bench.images.going.set()
+    answers = [call.wait().token_ids for call in calls]
+    assert all(answers[i] == answers[i % 4] for i in range(12))
+    assert bench.images.calls == [b"\x00image"]
+    assert len(set(bench.images.rereads)) == len(bench.images.rereads) == 3
+
+
+def test_an_instruction_that_the_qformer_cannot_hold_is_refused_before_anything_runs(instructed_bench: Bench) -> None:
+    error = instructed_bench.ask(text_input=b"a" * 10).wait().error
+    assert isinstance(error, PromptTooLongError)
+    assert str(error) == "the prompt has 10 tokens for the Q-Former, which reads an instruction of at most 9"
+    assert not instructed_bench.images.calls
+    wait_until(lambda: instructed_bench.outcomes() == {"invalid": 1})
 
 
 @pytest.mark.parametrize(
