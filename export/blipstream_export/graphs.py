@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from blipstream.contract import DECODER_IO, IMAGE_EMBEDS, PIXEL_VALUES, SOFT_TOKENS, DecoderSection
+from blipstream.contract import DECODER_IO, IMAGE_EMBEDS, INSTRUCTION, PIXEL_VALUES, SOFT_TOKENS, DecoderSection
 from blipstream_export.lowering import lowering
 
 OPSET = 21
@@ -54,10 +54,19 @@ def vision_inputs(image_size: int) -> GraphInputs:
     return GraphInputs((sample,), ({0: "batch"},), [PIXEL_VALUES.name], [IMAGE_EMBEDS.name])
 
 
-def qformer_inputs(num_image_tokens: int, vision_hidden_size: int) -> GraphInputs:
-    """Inputs of the Q-Former."""
-    sample = torch.zeros(2, num_image_tokens, vision_hidden_size)
-    return GraphInputs((sample,), ({0: "batch"},), [IMAGE_EMBEDS.name], [SOFT_TOKENS.name])
+def qformer_inputs(num_image_tokens: int, vision_hidden_size: int, *, instructed: bool = False) -> GraphInputs:
+    """Inputs of the Q-Former, with those of an instruction where it reads one."""
+    batch, length = 2, 3
+    image_embeds = torch.zeros(batch, num_image_tokens, vision_hidden_size)
+    if not instructed:
+        return GraphInputs((image_embeds,), ({0: "batch"},), [IMAGE_EMBEDS.name], [SOFT_TOKENS.name])
+    tokens: FreeDims = {0: "batch", 1: "sequence"}
+    return GraphInputs(
+        args=(image_embeds, *(torch.ones(batch, length, dtype=torch.int64) for _ in INSTRUCTION)),
+        free_dims=({0: "batch"}, *(tokens for _ in INSTRUCTION)),
+        input_names=[IMAGE_EMBEDS.name, *(tensor.name for tensor in INSTRUCTION)],
+        output_names=[SOFT_TOKENS.name],
+    )
 
 
 def decoder_inputs(sizes: DecoderSection) -> GraphInputs:

@@ -62,9 +62,8 @@ class InstructionQFormer(nn.Module):
         super().__init__()
         *inner, last = source.qformer.encoder.layer
         embeddings = source.qformer.embeddings
-        self.queries = nn.Parameter(
-            _normed_queries(source, embeddings.layernorm).float(), requires_grad=False
-        )  # (Q, C)
+        queries = _normed_queries(source, embeddings.layernorm)
+        self.queries = nn.Parameter(queries.float(), requires_grad=False)  # (Q, C)
         self.words, self.positions = embeddings.word_embeddings, embeddings.position_embeddings
         self.norm = embeddings.layernorm
         self.layers: Any = nn.ModuleList([_InstructedLayer(layer) for layer in inner])

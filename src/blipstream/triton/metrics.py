@@ -26,8 +26,8 @@ OUTCOMES = ("eos", "length", "stop", "cancelled", "timeout", "busy", "invalid", 
 COUNTERS = {
     "feature_cache_hits_total": "Requests whose soft tokens were kept, or already being computed",
     "feature_cache_misses_total": "Requests whose soft tokens had to be computed",
-    "feature_cache_embeds_hits_total": "Misses for which the Q-Former alone ran: the ViT had read the image for another "
-    "instruction, or was reading it (InstructBLIP)",
+    "feature_cache_embeds_hits_total": "Misses for which the Q-Former alone ran, since the ViT had read the image for "
+    "another instruction or was reading it",
     "generated_tokens_total": "Tokens generated",
     "prompt_tokens_total": "Prompt tokens prefilled, soft tokens included",
     "decode_steps_total": "Iterations of the decode loop",
