@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from blipstream.decoding.request import Chunk, Decoder, GenerationRequest, Promp
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import CachedDecoder, create_engine
 from blipstream.errors import ParityError
+from blipstream.instructions import instruction_inputs, pad_instructions
 from blipstream.preprocess import ImageTransform
 from blipstream_export.reference import Floats, Reference, SampleText
 
@@ -126,15 +128,18 @@ def measure(
         create_engine(engine, bundle / QFORMER / MODEL_VERSION / GRAPH_FILE, threads=threads) as qformer,
     ):
         image_embeds = vision.run({PIXEL_VALUES.name: reference.pixel_values})[IMAGE_EMBEDS.name]
-        soft_tokens = qformer.run({IMAGE_EMBEDS.name: reference.image_embeds})[SOFT_TOKENS.name]
-        served = qformer.run(vision.run({PIXEL_VALUES.name: pixel_values}))[SOFT_TOKENS.name]
+        served_embeds = vision.run({PIXEL_VALUES.name: pixel_values})[IMAGE_EMBEDS.name]
+        soft_tokens, served = (
+            qformer.run(_qformer_inputs(embeds, reference, manifest))[SOFT_TOKENS.name]
+            for embeds in (reference.image_embeds, served_embeds)
+        )
     folder = bundle / BLIP2 / MODEL_VERSION
     decoder = CachedDecoder(create_engine(engine, folder / DECODER_FILE, threads=threads), manifest.decoder)
     try:
         stages = (
             compare(PREPROCESS_STAGE, pixel_values, reference.pixel_values),
             compare(VISION_ENCODER, image_embeds, reference.image_embeds),
-            compare(QFORMER, soft_tokens, reference.soft_tokens),
+            compare(QFORMER, soft_tokens, np.stack([reading.soft_tokens for reading in reference.readings])),
             *_compare_decoder(decoder, reference),
         )
         found = _serve(decoder, manifest, folder / TOKENIZER_FILE, served, reference.texts)
@@ -145,6 +150,16 @@ def measure(
         for text, tokens in zip(reference.texts, found, strict=True)
     )
     return ParityReport(thresholds, stages, texts)
+
+
+def _qformer_inputs(image_embeds: Floats, reference: Reference, manifest: Manifest) -> dict[str, Any]:
+    """All readings as one batch, with their instructions of unequal lengths where it reads them."""
+    readings = reference.readings
+    inputs: dict[str, Any] = {IMAGE_EMBEDS.name: image_embeds[[reading.image for reading in readings]]}
+    if manifest.qformer.instruction is not None:
+        instructions = [instruction_inputs(reading.instruction or ()) for reading in readings]
+        inputs |= pad_instructions(instructions, manifest.qformer.instruction)
+    return inputs
 
 
 def compare(stage: str, found: Floats, expected: Floats) -> StageParity:
@@ -172,7 +187,7 @@ def _compare_decoder(decoder: Decoder, reference: Reference) -> list[StageParity
     texts = reference.texts
     for first in range(0, len(texts), decoder.max_sequences):
         group = sorted(texts[first : first + decoder.max_sequences], key=lambda text: -len(text.token_ids))
-        prompts = [Prompt(reference.soft_tokens[text.image], text.prompt_ids) for text in group]
+        prompts = [Prompt(reference.readings[text.reading].soft_tokens, text.prompt_ids) for text in group]
         prefill.append((decoder.prefill(0, prompts), np.stack([text.logits[0] for text in group])))
         for step in range(1, len(group[0].token_ids)):
             going = [text for text in group if len(text.token_ids) > step]  # the longest first: rows stay 0..n-1
@@ -201,7 +216,7 @@ def _serve(
         loop.submit(
             GenerationRequest(
                 request_id=str(index),
-                prompt=Prompt(soft_tokens[text.image], text.prompt_ids),
+                prompt=Prompt(soft_tokens[text.reading], text.prompt_ids),
                 params=SamplingParams(max_tokens=len(text.token_ids)),
                 on_chunk=chunks[index].append,
             )

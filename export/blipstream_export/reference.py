@@ -12,9 +12,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from blipstream.contract import DecoderSection
+from blipstream.instructions import instruction_inputs
 from blipstream_export.checkpoint import Checkpoint
 from blipstream_export.generation import empty_prompt_ids
-from blipstream_export.tokenizer import SAMPLE_PROMPTS
+from blipstream_export.tokenizer import SAMPLE_PROMPTS, instruction_ids
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +33,25 @@ _IMAGE_SIZES = ((640, 480), (213, 320), (96, 96), (1000, 37))
 
 
 @dataclass(frozen=True)
+class Reading:
+    """One image as the Q-Former reads it."""
+
+    image: int
+    """Index of the image."""
+    instruction: tuple[int, ...] | None
+    """Ids for the Q-Former; None where it reads no instructions."""
+    soft_tokens: Floats
+    """(Q, D)"""
+
+
+@dataclass(frozen=True)
 class SampleText:
     """Greedy generation from one image and one prompt."""
 
     image: int
     """Index of the image."""
+    reading: int
+    """Index of the reading whose soft tokens it begins with."""
     prompt: str
     prompt_ids: tuple[int, ...]
     """Token ids behind the soft tokens."""
@@ -55,8 +70,8 @@ class Reference:
     """(N, 3, S, S)."""
     image_embeds: Floats
     """(N, T, C)."""
-    soft_tokens: Floats
-    """(N, Q, D)."""
+    readings: list[Reading]
+    """One for each image; where the Q-Former reads instructions, one for each image and prompt."""
     texts: list[SampleText]
 
 
@@ -72,65 +87,87 @@ def sample_images(sizes: Sequence[tuple[int, int]] = _IMAGE_SIZES, *, seed: int 
     return images
 
 
+@dataclass(frozen=True)
+class _Sample:
+    image: int
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    instruction: tuple[int, ...] | None
+    room: int
+    """New tokens for which a row of the KV cache has room."""
+
+
 def compute_reference(model: Any, checkpoint: Checkpoint, sizes: DecoderSection) -> Reference:
     """Run the checkpoint on the sample images and prompts; prompts that do not fit ``sizes`` are left out."""
     import torch
 
     images = sample_images()
+    samples = _samples(checkpoint, len(images), sizes)
+    keys = list(dict.fromkeys((sample.image, sample.instruction) for sample in samples))
     pixel_values = checkpoint.processor.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks of transformers on defaults that are set here on purpose
-        features = model.get_image_features(pixel_values, return_dict=True)
+        image_embeds = model.vision_model(pixel_values).last_hidden_state
+        readings = [_read(model, pixel_values, image, instruction) for image, instruction in keys]
         texts = [
-            _generate(model, checkpoint, pixel_values, index % len(images), prompt, sizes)
-            for index, prompt in enumerate([*_PROMPTS, *reversed(_PROMPTS)])
+            _generate(model, checkpoint, pixel_values, sample, keys.index((sample.image, sample.instruction)))
+            for sample in samples
         ]
-        soft_tokens = torch.cat([_scatter(model, image) for image in features.pooler_output])
-    return Reference(
-        images=images,
-        pixel_values=pixel_values.numpy(),
-        image_embeds=features.last_hidden_state.numpy(),
-        soft_tokens=soft_tokens.numpy(),
-        texts=[text for text in texts if text is not None],
-    )
+    return Reference(images, pixel_values.numpy(), image_embeds.numpy(), readings, texts)
 
 
-def _scatter(model: Any, projected: torch.Tensor) -> torch.Tensor:
-    """The token embeddings that transformers makes of one image's projection (Q, C) -> (1, Q, D)."""
+def _samples(checkpoint: Checkpoint, num_images: int, sizes: DecoderSection) -> list[_Sample]:
+    samples = []
+    for index, prompt in enumerate([*_PROMPTS, *reversed(_PROMPTS)]):
+        prompt_ids, instruction = _prompt_ids(checkpoint, prompt), instruction_ids(checkpoint, prompt)
+        room = sizes.room_behind(checkpoint.config.num_query_tokens + len(prompt_ids))
+        readable = instruction is None or len(instruction) <= checkpoint.config.qformer_config.max_position_embeddings
+        if prompt_ids and room > 0 and readable:
+            samples.append(_Sample(index % num_images, prompt, prompt_ids, instruction, room))
+    return samples
+
+
+def _prompt_ids(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
+    if not prompt:  # what generate puts behind the soft tokens when it is given no prompt
+        return empty_prompt_ids(checkpoint)
+    return tuple(int(token) for token in checkpoint.processor.tokenizer(prompt)["input_ids"])
+
+
+def _read(model: Any, pixel_values: torch.Tensor, image: int, instruction: tuple[int, ...] | None) -> Reading:
+    """The token embeddings that transformers makes of one image's projection."""
     import torch
 
-    width = int(model.get_input_embeddings().embedding_dim)
-    embeds = torch.zeros(1, projected.shape[0], width)
-    return embeds.masked_scatter(torch.ones(1, projected.shape[0], 1, dtype=torch.bool), projected)
+    features = model.get_image_features(pixel_values[[image]], **_instruction(instruction), return_dict=True)
+    projected = features.pooler_output  # (1, Q, C)
+    embeds = torch.zeros(*projected.shape[:2], int(model.get_input_embeddings().embedding_dim))
+    soft_tokens = embeds.masked_scatter(torch.ones(*projected.shape[:2], 1, dtype=torch.bool), projected)
+    return Reading(image, instruction, soft_tokens[0].numpy())
+
+
+def _instruction(ids: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+    """What ``generate`` wants for the Q-Former, (1, S) each; nothing where it reads no instructions."""
+    import torch
+
+    return {} if ids is None else {name: torch.from_numpy(x) for name, x in instruction_inputs(ids).items()}
 
 
 def _generate(
-    model: Any,
-    checkpoint: Checkpoint,
-    pixel_values: torch.Tensor,
-    image: int,
-    prompt: str,
-    sizes: DecoderSection,
-) -> SampleText | None:
+    model: Any, checkpoint: Checkpoint, pixel_values: torch.Tensor, sample: _Sample, reading: int
+) -> SampleText:
     import torch
 
-    num_queries = checkpoint.config.num_query_tokens
-    prompt_ids = _prompt_ids(checkpoint, prompt)
-    room = sizes.room_behind(num_queries + len(prompt_ids))
-    if room < 1:
-        return None
     placeholder = checkpoint.config.image_token_index
     if placeholder is None:  # an old checkpoint: any id marks the soft tokens that the prompt does not use
-        placeholder = next(
-            token for token in range(checkpoint.config.text_config.vocab_size) if token not in prompt_ids
-        )
+        vocabulary = range(checkpoint.config.text_config.vocab_size)
+        placeholder = next(token for token in vocabulary if token not in sample.prompt_ids)
     model.config.image_token_index = placeholder
-    inputs: dict[str, Any] = {"pixel_values": pixel_values[image : image + 1]}
-    if prompt:
-        inputs["input_ids"] = torch.tensor([[placeholder] * num_queries + list(prompt_ids)])
+    inputs = {"pixel_values": pixel_values[[sample.image]], **_instruction(sample.instruction)}
+    if sample.prompt or checkpoint.instructed:
+        soft = [placeholder] * checkpoint.config.num_query_tokens
+        inputs["input_ids"] = torch.tensor([[*soft, *sample.prompt_ids]])
     output = model.generate(
         **inputs,
-        max_new_tokens=min(NEW_TOKENS, room),
+        max_new_tokens=min(NEW_TOKENS, sample.room),
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
@@ -138,11 +175,5 @@ def _generate(
         return_dict_in_generate=True,
     )
     logits = torch.cat(output.logits).numpy()  # (n, V)
-    token_ids = output.sequences[0, -len(logits) :].tolist()
-    return SampleText(image, prompt, prompt_ids, tuple(token_ids), logits)
-
-
-def _prompt_ids(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
-    if not prompt:  # what generate puts behind the soft tokens when it is given no prompt
-        return empty_prompt_ids(checkpoint)
-    return tuple(int(token) for token in checkpoint.processor.tokenizer(prompt)["input_ids"])
+    token_ids = tuple(output.sequences[0, -len(logits) :].tolist())
+    return SampleText(sample.image, reading, sample.prompt, sample.prompt_ids, token_ids, logits)

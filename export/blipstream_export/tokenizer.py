@@ -1,10 +1,14 @@
-"""The tokenizer of a bundle: ``tokenizer.json``, checked to give the ids that the checkpoint's processor gives."""
+"""The tokenizers of a bundle, checked to give the ids that the checkpoint's processor gives.
+
+``tokenizer.json`` is the language model's, ``qformer_tokenizer.json`` that of a Q-Former that reads instructions.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blipstream.contract import QFORMER_TOKENIZER_FILE, TOKENIZER_FILE
 from blipstream.errors import CheckpointError
 from blipstream_export.checkpoint import PLACEHOLDER
 
@@ -30,14 +34,36 @@ def check_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         CheckpointError: it is no tokenizer of this language model, or the library alone does not give its ids.
     """
     tokenizer, config = checkpoint.processor.tokenizer, checkpoint.config
-    if not tokenizer.is_fast:
+    backend = _backend(tokenizer, "tokenizer", checkpoint)
+    _check_vocabulary(tokenizer, config.text_config.vocab_size, checkpoint)
+    placeholders: list[int] = []
+    if config.image_token_index is not None:
+        placeholders = [config.image_token_index] * config.num_query_tokens
+    for prompt in SAMPLE_PROMPTS:  # soft tokens' placeholders first, then the text with its special tokens
+        expected = processor_ids(checkpoint, prompt)
+        _check_ids([*placeholders, *backend.encode(prompt).ids], expected, prompt, TOKENIZER_FILE, checkpoint)
+    return backend
+
+
+def check_qformer_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The Q-Former's tokenizer, after it was checked against the Q-Former; None where it reads no instructions.
+
+    Raises:
+        CheckpointError: it is no tokenizer of this Q-Former, or the ``tokenizers`` library alone does not give its ids.
+    """
+    if not checkpoint.instructed:
+        return None
+    tokenizer, config = checkpoint.processor.qformer_tokenizer, checkpoint.config.qformer_config
+    backend = _backend(tokenizer, "Q-Former's tokenizer", checkpoint)
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= config.vocab_size:
         raise CheckpointError(
-            f"the tokenizer of {checkpoint.folder} ({type(tokenizer).__name__}) cannot be converted to tokenizer.json"
+            f"the Q-Former's tokenizer of {checkpoint.folder} is not that of its Q-Former: token {token!r} has id "
+            f"{largest}, and the Q-Former's vocab_size is {config.vocab_size}"
         )
-    vocab_size = config.text_config.vocab_size
-    _check_vocabulary(tokenizer, vocab_size, checkpoint)
-    backend = _copy(tokenizer.backend_tokenizer)
-    _check_framing(backend, checkpoint)
+    for prompt in ("", *SAMPLE_PROMPTS):
+        expected = list(instruction_ids(checkpoint, prompt) or ())
+        _check_ids(backend.encode(prompt).ids, expected, prompt, QFORMER_TOKENIZER_FILE, checkpoint)
     return backend
 
 
@@ -47,10 +73,15 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     path.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
 
 
-def _copy(backend: Tokenizer) -> Tokenizer:
+def _backend(tokenizer: Any, what: str, checkpoint: Checkpoint) -> Tokenizer:
+    """A tokenizer of transformers as one of the ``tokenizers`` library, without padding and truncation."""
     from tokenizers import Tokenizer
 
-    copy = Tokenizer.from_str(backend.to_str())
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"the {what} of {checkpoint.folder} ({type(tokenizer).__name__}) cannot be converted to tokenizer.json"
+        )
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copy.no_padding()
     copy.no_truncation()
     return copy
@@ -81,20 +112,13 @@ def _check_vocabulary(tokenizer: Any, vocab_size: int, checkpoint: Checkpoint) -
         )
 
 
-def _check_framing(backend: Tokenizer, checkpoint: Checkpoint) -> None:
-    """Soft tokens' placeholders first, then the text with its special tokens: what the processor does, is it so?"""
-    processor, config = checkpoint.processor, checkpoint.config
-    placeholders: list[int] = []
-    if config.image_token_index is not None:
-        placeholders = [config.image_token_index] * config.num_query_tokens
-    for prompt in SAMPLE_PROMPTS:
-        expected = processor_ids(checkpoint, prompt)
-        found = [*placeholders, *backend.encode(prompt).ids]
-        if found != expected:
-            raise CheckpointError(
-                f"the tokenizer.json of {checkpoint.folder} does not give the ids of {type(processor).__name__}: for "
-                f"{prompt!r} it gives {found}, and the processor {expected}"
-            )
+def _check_ids(found: list[int], expected: list[int], prompt: str, file: str, checkpoint: Checkpoint) -> None:
+    """What the processor does, does the library alone do it?"""
+    if found != expected:
+        raise CheckpointError(
+            f"the {file} of {checkpoint.folder} does not give the ids of {type(checkpoint.processor).__name__}: for "
+            f"{prompt!r} it gives {found}, and the processor {expected}"
+        )
 
 
 def processor_ids(checkpoint: Checkpoint, prompt: str) -> list[int]:
@@ -102,5 +126,14 @@ def processor_ids(checkpoint: Checkpoint, prompt: str) -> list[int]:
     from PIL import Image
 
     size = checkpoint.image.size
-    encoded = checkpoint.processor(images=Image.new("RGB", (size, size)), text=prompt)
+    placeholders = checkpoint.processor.num_query_tokens is not None
+    images = {"images": Image.new("RGB", (size, size))} if placeholders else {}  # some processors add them always
+    encoded = checkpoint.processor(text=prompt, **images)
     return [int(token) for token in encoded["input_ids"][0]]
+
+
+def instruction_ids(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...] | None:
+    """Ids of ``prompt`` that the processor makes for the Q-Former; None where it reads no instructions."""
+    if not checkpoint.instructed:
+        return None
+    return tuple(int(token) for token in checkpoint.processor(text=prompt)["qformer_input_ids"][0])
