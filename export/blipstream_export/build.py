@@ -18,10 +18,12 @@ from blipstream.contract import (
     GRAPH_FILE,
     MODEL_VERSION,
     QFORMER,
+    QFORMER_TOKENIZER_FILE,
     TOKENIZER_FILE,
     VISION_ENCODER,
     DecoderSection,
     GenerationSection,
+    InstructionSection,
     Manifest,
     QFormerSection,
     VisionSection,
@@ -31,11 +33,11 @@ from blipstream_export.bundle import check_output, copy_models, list_files, new_
 from blipstream_export.checkpoint import Checkpoint, load_model, open_checkpoint
 from blipstream_export.generation import generation_notes, generation_section
 from blipstream_export.graphs import GraphInputs, export_graph, qformer_inputs, vision_inputs
-from blipstream_export.models.qformer import QFormer
+from blipstream_export.models.qformer import InstructionQFormer, QFormer
 from blipstream_export.models.vision import VisionEncoder
 from blipstream_export.parity import ParityReport, Thresholds, measure
 from blipstream_export.reference import compute_reference
-from blipstream_export.tokenizer import check_tokenizer, save_tokenizer
+from blipstream_export.tokenizer import check_qformer_tokenizer, check_tokenizer, save_tokenizer
 
 PRECISIONS = ("fp32",)
 DEFAULT_MAX_TOKENS = 256
@@ -139,7 +141,9 @@ class _Build:
     def run(self) -> tuple[Manifest, ParityReport]:
         with self._stage("checkpoint"):
             checkpoint = open_checkpoint(self._source)
-            tokenizer = check_tokenizer(checkpoint)
+            tokenizers = {TOKENIZER_FILE: check_tokenizer(checkpoint)}
+            if checkpoint.instructed:
+                tokenizers[QFORMER_TOKENIZER_FILE] = check_qformer_tokenizer(checkpoint)
             sizes = _decoder_sizes(self._options, checkpoint)
             model = load_model(checkpoint)
             generation = generation_section(model, checkpoint)
@@ -151,7 +155,8 @@ class _Build:
         del model
         gc.collect()  # the parity run loads the graphs: the checkpoint's weights must be gone by then
         with self._stage("bundle"):
-            save_tokenizer(tokenizer, self._folder / BLIP2 / MODEL_VERSION / TOKENIZER_FILE)
+            for file, tokenizer in tokenizers.items():
+                save_tokenizer(tokenizer, self._folder / BLIP2 / MODEL_VERSION / file)
             manifest = _manifest(checkpoint, sizes, generation, self._options.precision)
             values = {**manifest.dims(), "max_sequences": sizes.max_sequences}
             copy_models(self._folder, values, instructed=manifest.qformer.instruction is not None)
@@ -171,8 +176,11 @@ class _Build:
         model.vision_model = None
         del encoder
         with self._stage(QFORMER) as written:
-            inputs = qformer_inputs(_num_image_tokens(checkpoint), vision_config.hidden_size)
-            written(self._export(QFormer(model), inputs, QFORMER, GRAPH_FILE))
+            num_tokens, instructed = _num_image_tokens(checkpoint), checkpoint.instructed
+            inputs = qformer_inputs(num_tokens, vision_config.hidden_size, instructed=instructed)
+            wrapper = InstructionQFormer(model) if instructed else QFormer(model)
+            written(self._export(wrapper, inputs, QFORMER, GRAPH_FILE))
+            del wrapper
         model.qformer = None
 
     def _export_decoder(self, model: Any, checkpoint: Checkpoint, sizes: DecoderSection) -> None:
@@ -235,11 +243,20 @@ def _manifest(
             num_query_tokens=checkpoint.config.num_query_tokens,
             hidden_size=qformer.hidden_size,
             num_layers=qformer.num_hidden_layers,
+            instruction=_instruction_section(qformer) if checkpoint.instructed else None,
         ),
         decoder=decoder,
         generation=generation,
         versions={name: importlib.metadata.version(name) for name in _VERSIONED},
         files={},
+    )
+
+
+def _instruction_section(qformer: Any) -> InstructionSection:
+    return InstructionSection(
+        vocab_size=qformer.vocab_size,
+        max_tokens=qformer.max_position_embeddings,
+        pad_token_id=qformer.pad_token_id or 0,
     )
 
 

@@ -23,6 +23,7 @@ PLACEHOLDER = "<image>"
 """The token that stands for one soft token in a prompt's ids."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
+_QFORMER_TOKENIZER_FILES = ("qformer_tokenizer/tokenizer.json", "qformer_tokenizer/vocab.txt")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -44,6 +45,11 @@ class Checkpoint:
     """The processor in transformers. It puts ``num_query_tokens`` placeholders before a prompt, unless
     ``image_token_index`` is None."""
     image: ImageSection
+
+    @property
+    def instructed(self) -> bool:
+        """Whether its Q-Former reads the prompt as well."""
+        return self.family.image_side.instructed
 
     @property
     def language(self) -> LanguageModule:
@@ -76,7 +82,7 @@ def open_checkpoint(source: str) -> Checkpoint:
     config.num_query_tokens = _num_query_tokens(raw, headers, folder)
     processor = _load_processor(folder, family)
     _frame(processor, config, folder)
-    _check_text_config(config, source)
+    _check_text_config(config, family, source)
     family.language.load().check_config(config.text_config, source)
     return Checkpoint(folder, name, family, config, processor, _image_section(processor, config))
 
@@ -142,7 +148,10 @@ def _num_query_tokens(raw: Mapping[str, Any], headers: Mapping[str, TensorHeader
 def _load_processor(folder: Path, family: Family) -> Any:
     import transformers
 
-    for what, files in (("tokenizer", _TOKENIZER_FILES), ("image processor", _PROCESSOR_FILES)):
+    expected = [("tokenizer", _TOKENIZER_FILES), ("image processor", _PROCESSOR_FILES)]
+    if family.image_side.instructed:
+        expected.append(("tokenizer of the Q-Former", _QFORMER_TOKENIZER_FILES))
+    for what, files in expected:
         if not any((folder / name).is_file() for name in files):  # transformers would make one up
             raise CheckpointError(f"the checkpoint {folder} holds no {what}: expected one of {', '.join(files)}")
     with _faults_of(f"the tokenizer and image processor of {folder}"):
@@ -169,9 +178,9 @@ def _placeholder_id(processor: Any, config: Any) -> int | None:
     return token if known and token < config.text_config.vocab_size else None
 
 
-def _check_text_config(config: Any, source: str) -> None:
+def _check_text_config(config: Any, family: Family, source: str) -> None:
     text = config.text_config
-    if text.bos_token_id is None:
+    if text.bos_token_id is None and not family.image_side.instructed:  # an instruction frames even an empty text
         raise UnsupportedCheckpointError(
             f"the language model of {source} has no bos_token_id, with which a caption without a prompt begins"
         )

@@ -70,6 +70,8 @@ class ImageSide:
     architecture: str
     config: str
     processor: str
+    instructed: bool = False
+    """Whether the Q-Former reads the prompt as well, by a tokenizer of its own."""
 
 
 LANGUAGE_MODELS = (
@@ -78,6 +80,10 @@ LANGUAGE_MODELS = (
 
 IMAGE_SIDES = (
     ImageSide("blip2", "blip-2", "Blip2ForConditionalGeneration", "Blip2Config", "Blip2Processor"),
+    ImageSide(
+        "instructblip", "instructblip", "InstructBlipForConditionalGeneration", "InstructBlipConfig",
+        "InstructBlipProcessor", instructed=True,
+    ),
 )  # fmt: skip
 
 

@@ -39,7 +39,13 @@ _FILE = "generation_config.json"
 
 
 def empty_prompt_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """What ``generate`` puts behind the soft tokens when it is given no prompt."""
+    """What stands behind the soft tokens where there is no prompt: as ``generate`` puts it when it is given none.
+
+    A Q-Former that reads instructions cannot go without one. There, no prompt is what the processor makes of an empty
+    text.
+    """
+    if checkpoint.instructed:
+        return tuple(int(token) for token in checkpoint.processor.tokenizer("")["input_ids"])
     return (int(checkpoint.config.text_config.bos_token_id),)
 
 

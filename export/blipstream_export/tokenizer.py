@@ -45,14 +45,12 @@ def check_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return backend
 
 
-def check_qformer_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The Q-Former's tokenizer, after it was checked against the Q-Former; None where it reads no instructions.
+def check_qformer_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer of a Q-Former that reads instructions, after it was checked against that Q-Former.
 
     Raises:
         CheckpointError: it is no tokenizer of this Q-Former, or the ``tokenizers`` library alone does not give its ids.
     """
-    if not checkpoint.instructed:
-        return None
     tokenizer, config = checkpoint.processor.qformer_tokenizer, checkpoint.config.qformer_config
     backend = _backend(tokenizer, "Q-Former's tokenizer", checkpoint)
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
