@@ -11,16 +11,9 @@ import tritonclient.grpc as triton
 
 from blipstream.triton.server import TritonServer
 from tests.checkpoints import TinySizes, make_images
-from tests.server.wire import ask, generate, metric, metrics, png, settled, wait_until
+from tests.server.wire import ask, generate, metric, metrics, png, runs, settled, wait_until
 
 pytestmark = pytest.mark.server
-
-
-def runs(server: TritonServer, model: str) -> int:
-    """Inferences of a model since the server started."""
-    with triton.InferenceServerClient(server.grpc_url) as client:
-        statistics = client.get_inference_statistics(model)
-    return int(statistics.model_stats[0].inference_stats.success.count)
 
 
 def test_a_repeated_image_runs_neither_vit_nor_qformer(server: TritonServer) -> None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from blipstream_client import Client, TextChunk
 from blipstream_demo import evaluation, scenes
 from blipstream_export.build import build
 from PIL import Image
 
 from blipstream.triton.server import TritonServer
 from tests.checkpoints import PROMPTS, make_images, save_blip2_opt
+from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
 
 pytestmark = [
     pytest.mark.server,
@@ -26,64 +23,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Using the model-agnostic default"),
 ]
 
-CLIENTS = 16
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 DEMO_CHECKPOINT = DEMO / "checkpoint"
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One image and prompt; an empty prompt asks for a caption."""
-
-    image: Image.Image
-    prompt: str
-
-
-class Reference:
-    """The checkpoint in transformers: one request at a time, so that no padding and no batch can blur it."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        from transformers import Blip2ForConditionalGeneration, Blip2Processor
-
-        self._model = Blip2ForConditionalGeneration.from_pretrained(checkpoint).eval()
-        self._processor = Blip2Processor.from_pretrained(checkpoint)
-
-    def generate(self, ask: Ask, **options: Any) -> tuple[list[int], str]:
-        """New token ids, and their text."""
-        text = {"text": ask.prompt} if ask.prompt else {}
-        inputs = self._processor(images=ask.image, return_tensors="pt", **text)
-        prompt_length = inputs["input_ids"].shape[1] if ask.prompt else self._plain_prompt_length()
-        tokens = self._model.generate(**inputs, do_sample=False, **options)[0, prompt_length:].tolist()
-        return tokens, self._processor.decode(tokens, skip_special_tokens=True)
-
-    def _plain_prompt_length(self) -> int:
-        return int(self._model.config.num_query_tokens) + 1  # the soft tokens and the begin token
-
-
-def ask_concurrently(url: str, asks: Sequence[Ask], **options: Any) -> list[list[TextChunk]]:
-    """The streamed chunks of each request, sent by 16 clients that each have a connection of their own."""
-
-    def work(worker: int) -> list[list[TextChunk]]:
-        with Client(url, timeout=300) as client:
-            return [list(client.stream(png(ask.image), ask.prompt, **options)) for ask in asks[worker::CLIENTS]]
-
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        parts = list(pool.map(work, range(CLIENTS)))
-    return [parts[i % CLIENTS][i // CLIENTS] for i in range(len(asks))]
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def assert_equal(reference: Reference, asks: Sequence[Ask], answers: Sequence[list[TextChunk]], **options: Any) -> None:
-    for ask, chunks in zip(asks, answers, strict=True):
-        tokens, text = reference.generate(ask, **options)
-        assert [token for chunk in chunks for token in chunk.token_ids] == tokens, ask.prompt
-        assert "".join(chunk.text for chunk in chunks) == text
-        assert chunks[-1].num_output_tokens == len(tokens)
 
 
 # --- the demo checkpoint ---------------------------------------------------------------------------------------------

@@ -205,6 +205,13 @@ def settled(server: TritonServer, name: str, **labels: str) -> float:
             return value
 
 
+def runs(server: TritonServer, model: str) -> int:
+    """Inferences of a model since the server started."""
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        statistics = client.get_inference_statistics(model)
+    return int(statistics.model_stats[0].inference_stats.success.count)
+
+
 def wait_until(condition: Callable[[], Any]) -> None:
     """Wait for something that must come about."""
     deadline = time.monotonic() + PATIENCE_S
