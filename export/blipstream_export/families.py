@@ -76,7 +76,8 @@ class ImageSide:
 
 LANGUAGE_MODELS = (
     LanguageModel("opt", "blipstream_export.models.opt"),
-)  # fmt: skip
+    LanguageModel("llama", "blipstream_export.models.llama"),
+)
 
 IMAGE_SIDES = (
     ImageSide("blip2", "blip-2", "Blip2ForConditionalGeneration", "Blip2Config", "Blip2Processor"),

@@ -3,9 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from blipstream_export.ops import rms_norm
+
+HEAD_DIM_MULTIPLE = 8
+"""ONNX Runtime's GroupQueryAttention wants head sizes that are multiples of this; smaller ones are padded by zeros,
+which changes neither the scores nor the output."""
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The next multiple of :data:`HEAD_DIM_MULTIPLE`."""
+    return -(-head_dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
+
+
+def embed_tokens(ids: Tensor, soft_tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    """Embeddings (N, D) of ids (N,) int64, of which a negative one, -(1 + k), stands for row k of ``soft_tokens``."""
+    soft = soft_tokens.index_select(0, torch.clamp(-1 - ids, min=0))
+    words = embedding(torch.clamp(ids, min=0))
+    return torch.where((ids < 0).unsqueeze(-1), soft, words)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation of LLaMA and T5; the weight is that of ``source``."""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.weight = source.weight
+        self.epsilon = float(source.variance_epsilon)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise hidden (..., C)."""
+        return rms_norm(hidden, self.weight, self.epsilon)
 
 
 def fuse_linear(parts: Sequence[nn.Linear]) -> nn.Linear:

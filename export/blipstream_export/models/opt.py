@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from blipstream.contract import DECODER_FILE, DecoderSection
 from blipstream.errors import UnsupportedCheckpointError
 from blipstream_export.graphs import Graph, decoder_inputs
-from blipstream_export.models.layers import affine_norm, fuse_linear, pad_head_columns, pad_head_rows
+from blipstream_export.models.causal import CausalDecoder
+from blipstream_export.models.layers import (
+    affine_norm,
+    embed_tokens,
+    fuse_linear,
+    pad_head_columns,
+    pad_head_rows,
+    padded_head_dim,
+)
 from blipstream_export.ops import cached_attention
-
-HEAD_DIM_MULTIPLE = 8
-"""ONNX Runtime's GroupQueryAttention wants head sizes that are multiples of this; smaller ones are padded by zeros,
-which changes neither the scores nor the output."""
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The next multiple of :data:`HEAD_DIM_MULTIPLE`."""
-    return -(-head_dim // HEAD_DIM_MULTIPLE) * HEAD_DIM_MULTIPLE
 
 
 def check_config(config: Any, source: str) -> None:
@@ -57,7 +55,7 @@ def graphs(model: Any, sizes: DecoderSection, *, release: bool = False) -> Itera
     yield Graph(DECODER_FILE, OPTDecoder(model, release=release), decoder_inputs(sizes))
 
 
-class OPTDecoder(nn.Module):
+class OPTDecoder(CausalDecoder):
     """``OPTForCausalLM`` with its KV cache as inputs and outputs, every variant of the architecture.
 
     Args:
@@ -83,52 +81,15 @@ class OPTDecoder(nn.Module):
         tied = source.lm_head.weight is self.embed_tokens.weight
         self.lm_head = None if tied else source.lm_head  # one name for a tied tensor, so that nothing holds another
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        soft_tokens: Tensor,
-        position_ids: Tensor,
-        last_index: Tensor,
-        seqlens_k: Tensor,
-        total_sequence_length: Tensor,
-        past: Sequence[Tensor],
-    ) -> tuple[Tensor, ...]:
-        """Run B rows of S tokens; shapes and meaning are those of the decoder's graph in ``blipstream.contract``.
-
-        Args:
-            input_ids: (B, S) int64; -(1 + k) stands for row k of ``soft_tokens``.
-            soft_tokens: (N, D) float32.
-            position_ids: (B, S) int64.
-            last_index: (B,) int64, the token of each row whose logits are wanted.
-            seqlens_k: (B,) int32.
-            total_sequence_length: () int32.
-            past: key and value (B, H, T, D_head) of each layer in turn.
-
-        Returns:
-            logits (B, V) float32, then the present key and value of each layer in turn.
-        """
-        batch, length = input_ids.shape
-        hidden = self._embed(input_ids.reshape(-1), soft_tokens, position_ids.reshape(-1))  # (B * S, C)
-        last_rows = torch.arange(batch) * length + last_index  # (B,)
-        present: list[Tensor] = []
-        for index, layer in enumerate(self.layers):
-            key, value = past[2 * index], past[2 * index + 1]
-            attended, key, value = layer.attend(hidden, batch, key, value, seqlens_k, total_sequence_length)
-            present += [key, value]
-            if index == len(self.layers) - 1:  # behind the last attention, only the wanted tokens count
-                hidden, attended = hidden.index_select(0, last_rows), attended.index_select(0, last_rows)
-            hidden = layer.feed_forward(hidden, attended)
-        return (self._logits(hidden), *present)
-
-    def _embed(self, ids: Tensor, soft_tokens: Tensor, positions: Tensor) -> Tensor:
-        soft = soft_tokens.index_select(0, torch.clamp(-1 - ids, min=0))
-        words = self.embed_tokens(torch.clamp(ids, min=0))
-        embedded = torch.where((ids < 0).unsqueeze(-1), soft, words)
+    def embed(self, ids: Tensor, soft_tokens: Tensor, positions: Tensor) -> Tensor:
+        """See :class:`CausalDecoder`."""
+        embedded = embed_tokens(ids, soft_tokens, self.embed_tokens)
         if self.project_in is not None:
             embedded = self.project_in(embedded)
         return embedded + self.positions.index_select(0, positions)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See :class:`CausalDecoder`."""
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
         if self.project_out is not None:
@@ -156,7 +117,7 @@ class _OPTLayer(nn.Module):
     def attend(
         self, hidden: Tensor, batch: int, key: Tensor, value: Tensor, seqlens_k: Tensor, total_sequence_length: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Self-attention without its output projection: (B * S, H * D_head), and the layer's cache."""
+        """See :class:`CausalDecoder`."""
         normed = self.attention_norm(hidden) if self.pre_norm else hidden
         qkv = self.qkv(normed).reshape(batch, -1, self.qkv.out_features)
         attended, key, value = cached_attention(
@@ -165,7 +126,7 @@ class _OPTLayer(nn.Module):
         return attended.flatten(0, 1), key, value
 
     def feed_forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the layer, on any rows of the activations."""
+        """See :class:`CausalDecoder`."""
         hidden = hidden + self.out_proj(attended)
         if not self.pre_norm:
             hidden = self.attention_norm(hidden)
