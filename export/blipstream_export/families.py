@@ -77,6 +77,7 @@ class ImageSide:
 LANGUAGE_MODELS = (
     LanguageModel("opt", "blipstream_export.models.opt"),
     LanguageModel("llama", "blipstream_export.models.llama"),
+    LanguageModel("t5", "blipstream_export.models.t5"),
 )
 
 IMAGE_SIDES = (

@@ -14,7 +14,15 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from blipstream.contract import DECODER_IO, IMAGE_EMBEDS, INSTRUCTION, PIXEL_VALUES, SOFT_TOKENS, DecoderSection
+from blipstream.contract import (
+    DECODER_IO,
+    ENCODER_IO,
+    IMAGE_EMBEDS,
+    INSTRUCTION,
+    PIXEL_VALUES,
+    SOFT_TOKENS,
+    DecoderSection,
+)
 from blipstream_export.lowering import lowering
 
 OPSET = 21
@@ -69,32 +77,90 @@ def qformer_inputs(num_image_tokens: int, vision_hidden_size: int, *, instructed
     )
 
 
-def decoder_inputs(sizes: DecoderSection) -> GraphInputs:
-    """Inputs of a decoder-only language model, as declared in ``blipstream.contract``.
+_BATCH, _LENGTH, _CAPACITY, _PROMPT_CAPACITY, _NUM_SOFT = 2, 3, 7, 11, 5
+"""Sizes of the language model's samples: they differ from each other, from 0 and from 1, so that no dimension is
+mistaken for another or for a constant."""
 
-    The sample sizes differ from each other, from 0 and from 1, so that no dimension is mistaken for another or for a
-    constant.
-    """
-    batch, length, capacity, num_soft = 2, 3, 7, 5
-    rows: FreeDims = {0: "batch"}
-    tokens: FreeDims = {0: "batch", 1: "sequence"}
-    small: dict[str, tuple[Tensor, FreeDims | None]] = {
-        DECODER_IO.input_ids: (torch.zeros(batch, length, dtype=torch.int64), tokens),
-        DECODER_IO.soft_tokens: (torch.zeros(num_soft, sizes.hidden_size), {0: "num_soft_tokens"}),
-        DECODER_IO.position_ids: (torch.zeros(batch, length, dtype=torch.int64), tokens),
-        DECODER_IO.last_index: (torch.zeros(batch, dtype=torch.int64), rows),
-        DECODER_IO.seqlens_k: (torch.full((batch,), length - 1, dtype=torch.int32), rows),
-        DECODER_IO.total_sequence_length: (torch.tensor(length, dtype=torch.int32), None),
+_ROWS: FreeDims = {0: "batch"}
+_TOKENS: FreeDims = {0: "batch", 1: "sequence"}
+_Samples = dict[str, tuple[Tensor, FreeDims | None]]
+
+
+def decoder_inputs(sizes: DecoderSection) -> GraphInputs:
+    """Inputs of a decoder-only language model, as declared in ``blipstream.contract``."""
+    small: _Samples = {
+        DECODER_IO.input_ids: (torch.zeros(_BATCH, _LENGTH, dtype=torch.int64), _TOKENS),
+        DECODER_IO.soft_tokens: (torch.zeros(_NUM_SOFT, sizes.hidden_size), {0: "num_soft_tokens"}),
+        DECODER_IO.position_ids: (torch.zeros(_BATCH, _LENGTH, dtype=torch.int64), _TOKENS),
+        DECODER_IO.last_index: (torch.zeros(_BATCH, dtype=torch.int64), _ROWS),
+        DECODER_IO.seqlens_k: _lengths(_LENGTH),
+        DECODER_IO.total_sequence_length: _longest(_LENGTH),
     }
-    cache = [
-        torch.zeros(batch, sizes.num_key_value_heads, capacity, sizes.head_dim) for _ in range(2 * sizes.num_layers)
-    ]
-    cache_dims: list[FreeDims] = [{0: "batch", 2: "capacity"} for _ in cache]
+    names = [DECODER_IO.logits, *DECODER_IO.cache_outputs(sizes.num_layers)]
+    return _graph_inputs(small, [_cache(sizes)], DECODER_IO.cache_inputs(sizes.num_layers), names)
+
+
+def encoder_inputs(sizes: DecoderSection) -> GraphInputs:
+    """Inputs of the encoder of an encoder-decoder."""
+    small: _Samples = {
+        ENCODER_IO.input_ids: (torch.zeros(_BATCH, _LENGTH, dtype=torch.int64), _TOKENS),
+        ENCODER_IO.soft_tokens: (torch.zeros(_NUM_SOFT, sizes.hidden_size), {0: "num_soft_tokens"}),
+        ENCODER_IO.lengths: (torch.full((_BATCH,), _LENGTH, dtype=torch.int32), _ROWS),
+    }
+    return _graph_inputs(small, [], [], ENCODER_IO.outputs(sizes.num_layers))
+
+
+def stepping_decoder_inputs(sizes: DecoderSection) -> GraphInputs:
+    """Inputs of the decoder of an encoder-decoder: one token a row."""
+    small: _Samples = {
+        DECODER_IO.input_ids: (torch.zeros(_BATCH, 1, dtype=torch.int64), _ROWS),
+        DECODER_IO.position_ids: (torch.full((_BATCH, 1), _LENGTH - 1), _ROWS),
+        DECODER_IO.seqlens_k: _lengths(_LENGTH),
+        DECODER_IO.total_sequence_length: _longest(_LENGTH),
+        DECODER_IO.cross_seqlens_k: _lengths(_PROMPT_CAPACITY),
+        DECODER_IO.cross_total_sequence_length: _longest(_PROMPT_CAPACITY),
+    }
+    layers = sizes.num_layers
+    return _graph_inputs(
+        small,
+        [_cache(sizes), _cross_cache(sizes)],
+        [*DECODER_IO.cache_inputs(layers), *DECODER_IO.cross_inputs(layers)],
+        [DECODER_IO.logits, *DECODER_IO.cache_outputs(layers), *DECODER_IO.cross_outputs(layers)],
+    )
+
+
+def _lengths(length: int) -> tuple[Tensor, FreeDims]:
+    return torch.full((_BATCH,), length - 1, dtype=torch.int32), _ROWS
+
+
+def _longest(length: int) -> tuple[Tensor, None]:
+    return torch.tensor(length, dtype=torch.int32), None
+
+
+def _cache(sizes: DecoderSection) -> tuple[list[Tensor], list[FreeDims]]:
+    shape = (_BATCH, sizes.num_key_value_heads, _CAPACITY, sizes.head_dim)
+    cache = [torch.zeros(shape) for _ in range(2 * sizes.num_layers)]
+    return cache, [{0: "batch", 2: "capacity"} for _ in cache]
+
+
+def _cross_cache(sizes: DecoderSection) -> tuple[list[Tensor], list[FreeDims]]:
+    assert sizes.encoder is not None
+    shape = (_BATCH, sizes.encoder.num_heads, _PROMPT_CAPACITY, sizes.encoder.head_dim)
+    cache = [torch.zeros(shape) for _ in range(2 * sizes.num_layers)]
+    return cache, [{0: "batch", 2: "prompt_capacity"} for _ in cache]
+
+
+def _graph_inputs(
+    small: _Samples,
+    caches: list[tuple[list[Tensor], list[FreeDims]]],
+    cache_names: list[str],
+    output_names: list[str],
+) -> GraphInputs:
     return GraphInputs(
-        args=(*(sample for sample, _ in small.values()), cache),
-        free_dims=(*(dims for _, dims in small.values()), cache_dims),
-        input_names=[*small, *DECODER_IO.cache_inputs(sizes.num_layers)],
-        output_names=[DECODER_IO.logits, *DECODER_IO.cache_outputs(sizes.num_layers)],
+        args=(*(sample for sample, _ in small.values()), *(cache for cache, _ in caches)),
+        free_dims=(*(dims for _, dims in small.values()), *(dims for _, dims in caches)),
+        input_names=[*small, *cache_names],
+        output_names=output_names,
     )
 
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from blipstream.contract import (
     BLIP2,
-    DECODER_FILE,
     GRAPH_FILE,
     IMAGE_EMBEDS,
     MODEL_VERSION,
@@ -25,9 +24,9 @@ from blipstream.contract import (
     Manifest,
 )
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
-from blipstream.decoding.request import Chunk, Decoder, GenerationRequest, Prompt, SamplingParams
+from blipstream.decoding.request import Chunk, Decoder, GenerationRequest, Prompt, SamplingParams, prefilled_tokens
 from blipstream.decoding.text import Tokenizer
-from blipstream.engines import CachedDecoder, create_engine
+from blipstream.engines import create_engine, load_decoder
 from blipstream.errors import ParityError
 from blipstream.instructions import instruction_inputs, pad_instructions
 from blipstream.preprocess import ImageTransform
@@ -134,7 +133,9 @@ def measure(
             for embeds in (reference.image_embeds, served_embeds)
         )
     folder = bundle / BLIP2 / MODEL_VERSION
-    decoder = CachedDecoder(create_engine(engine, folder / DECODER_FILE, threads=threads), manifest.decoder)
+    decoder = load_decoder(
+        manifest.decoder, lambda file: create_engine(engine, folder / file, threads=threads)
+    )
     try:
         stages = (
             compare(PREPROCESS_STAGE, pixel_values, reference.pixel_values),
@@ -188,11 +189,12 @@ def _compare_decoder(decoder: Decoder, reference: Reference) -> list[StageParity
     for first in range(0, len(texts), decoder.max_sequences):
         group = sorted(texts[first : first + decoder.max_sequences], key=lambda text: -len(text.token_ids))
         prompts = [Prompt(reference.readings[text.reading].soft_tokens, text.prompt_ids) for text in group]
-        prefill.append((decoder.prefill(0, prompts), np.stack([text.logits[0] for text in group])))
+        prefilled = [prefilled_tokens(prompt, decoder.decoder_start_token_id) for prompt in prompts]
+        prefill.append((decoder.prefill(0, prompts).copy(), np.stack([text.logits[0] for text in group])))
         for step in range(1, len(group[0].token_ids)):
             going = [text for text in group if len(text.token_ids) > step]  # the longest first: rows stay 0..n-1
             tokens = np.array([text.token_ids[step - 1] for text in going], np.int64)
-            lengths = np.array([prompt.num_tokens + step - 1 for prompt in prompts[: len(going)]], np.int64)
+            lengths = np.array(prefilled[: len(going)], np.int64) + step - 1
             steps.append((decoder.decode(tokens, lengths).copy(), np.stack([text.logits[step] for text in going])))
     return [_compare_all(PREFILL_STAGE, prefill), *([_compare_all(STEP_STAGE, steps)] if steps else [])]
 

@@ -39,7 +39,10 @@ GRAPH_FILE = "model.onnx"
 """ONNX graph of ``vision_encoder`` and ``qformer``, in their version folder."""
 
 DECODER_FILE = "decoder.onnx"
-"""ONNX graph of the language model, in the version folder of ``blip2``."""
+"""ONNX graph of the language model, or of its decoder, in the version folder of ``blip2``."""
+
+ENCODER_FILE = "encoder.onnx"
+"""ONNX graph of the language model's encoder, if it has one, in the version folder of ``blip2``."""
 
 TOKENIZER_FILE = "tokenizer.json"
 """Tokenizer of the language model (``tokenizers`` format), in the version folder of ``blip2``."""
@@ -154,9 +157,9 @@ def triton_models(*, instructed: bool) -> tuple[ModelSpec, ...]:
     return (PREPROCESS_SPEC, VISION_ENCODER_SPEC, qformer, image_features, BLIP2_SPEC, BLIP2_UNARY_SPEC)
 
 
-# --- the decoder's graph -----------------------------------------------------------------------------------------
+# --- the language model's graphs ---------------------------------------------------------------------------------
 #
-# One graph for prefill (S = prompt length, rows padded on the right) and decode step (S = 1), B rows at once:
+# A decoder-only model is ``decoder.onnx``: one graph for prefill (S = prompt length, rows padded on the right) and decode step (S = 1), B rows at once:
 #
 #   input_ids              INT64 (B, S)   token ids; -(1 + k) stands for row k of ``soft_tokens``
 #   soft_tokens            FP32  (N, D)   soft tokens of all rows, one after the other; N >= 1 (unused when decoding)
@@ -167,6 +170,22 @@ def triton_models(*, instructed: bool) -> tuple[ModelSpec, ...]:
 #   past_key.{i}, past_value.{i}        FP32 (B, H_kv, T, D_head) for each layer i, T = slots' capacity in tokens
 #   logits                 FP32  (B, V)
 #   present_key.{i}, present_value.{i}  same shape; bound to the memory of past_*: the cache is updated in place
+#
+# An encoder-decoder is two graphs. ``encoder.onnx`` reads whole prompts:
+#
+#   input_ids              INT64 (B, S)   as above
+#   soft_tokens            FP32  (N, D)   as above
+#   lengths                INT32 (B,)     tokens of each row; the rest is padding
+#   cross_key.{i}, cross_value.{i}      FP32 (B, H, S, D_head) for each layer i of the decoder
+#
+# and its ``decoder.onnx`` reads one token a row, S = 1, from the start token on: input_ids, position_ids, seqlens_k,
+# total_sequence_length, the cache and logits are as above, and besides there are
+#
+#   cross_seqlens_k        INT32 (B,)     tokens that the encoder has read for each row, minus one
+#   cross_total_sequence_length INT32 ()  the largest of (cross_seqlens_k + 1)
+#   past_cross_key.{i}, past_cross_value.{i}        FP32 (B, H, T_prompt, D_head): what the encoder gave, T_prompt = the
+#                                                   cross-attention cache's capacity in tokens
+#   present_cross_key.{i}, present_cross_value.{i}  same shape; bound to the memory of past_cross_*, which stays as it is
 
 
 @dataclass(frozen=True)
@@ -179,6 +198,8 @@ class DecoderIO:
     last_index: str = "last_index"
     seqlens_k: str = "seqlens_k"
     total_sequence_length: str = "total_sequence_length"
+    cross_seqlens_k: str = "cross_seqlens_k"
+    cross_total_sequence_length: str = "cross_total_sequence_length"
     logits: str = "logits"
 
     def cache_inputs(self, num_layers: int) -> list[str]:
@@ -189,8 +210,30 @@ class DecoderIO:
         """Names of the cache's outputs, in the order of :meth:`cache_inputs`."""
         return [f"present_{part}.{layer}" for layer in range(num_layers) for part in ("key", "value")]
 
+    def cross_inputs(self, num_layers: int) -> list[str]:
+        """Names of the inputs of the cross-attention's cache, in the order of :meth:`cache_inputs`."""
+        return [f"past_cross_{part}.{layer}" for layer in range(num_layers) for part in ("key", "value")]
+
+    def cross_outputs(self, num_layers: int) -> list[str]:
+        """Names of the outputs of the cross-attention's cache, in the order of :meth:`cache_inputs`."""
+        return [f"present_cross_{part}.{layer}" for layer in range(num_layers) for part in ("key", "value")]
+
+
+@dataclass(frozen=True)
+class EncoderIO:
+    """Tensor names of the encoder's graph; shapes are listed in the comment above :class:`DecoderIO`."""
+
+    input_ids: str = "input_ids"
+    soft_tokens: str = "soft_tokens"
+    lengths: str = "lengths"
+
+    def outputs(self, num_layers: int) -> list[str]:
+        """Names of the outputs: key and value for layer 0 of the decoder, for layer 1, ..."""
+        return [f"cross_{part}.{layer}" for layer in range(num_layers) for part in ("key", "value")]
+
 
 DECODER_IO = DecoderIO()
+ENCODER_IO = EncoderIO()
 
 # --- manifest ----------------------------------------------------------------------------------------------------
 
@@ -238,6 +281,18 @@ class QFormerSection(_Section):
     """Set where the Q-Former reads the request's text as well (InstructBLIP)."""
 
 
+class EncoderSection(_Section):
+    """What a language model with an encoder has besides: the cache of what its decoder reads of the encoder."""
+
+    num_heads: int
+    """Heads of the cross-attention."""
+    head_dim: int
+    max_tokens: int
+    """Tokens of one row of the cross-attention's cache: soft tokens + prompt."""
+    decoder_start_token_id: int
+    """Every answer begins behind this token, which is not part of it."""
+
+
 class DecoderSection(_Section):
     """Sizes of the language model and of its KV cache."""
 
@@ -252,11 +307,19 @@ class DecoderSection(_Section):
     max_sequences: int
     """Rows of the KV cache: sequences that decode at once."""
     max_tokens: int
-    """Tokens of one row: soft tokens + prompt + generated."""
+    """Tokens of one row: soft tokens + prompt + generated; behind an encoder, the start token + generated."""
+    encoder: EncoderSection | None = None
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Soft tokens + prompt at most."""
+        return self.max_tokens - 1 if self.encoder is None else self.encoder.max_tokens
 
     def room_behind(self, prompt_tokens: int) -> int:
-        """New tokens that fit behind a prompt of so many tokens; below 1 when the prompt is too long."""
-        return self.max_tokens - prompt_tokens
+        """New tokens for which there is room behind a prompt of so many tokens; 0 when the prompt is too long."""
+        if prompt_tokens > self.max_prompt_tokens:
+            return 0
+        return self.max_tokens - (prompt_tokens if self.encoder is None else 1)
 
 
 class GenerationSection(_Section):

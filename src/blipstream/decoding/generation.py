@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from blipstream.decoding.observer import LoopObserver
-from blipstream.decoding.request import Chunk, FinishReason, GenerationRequest, Prompt
+from blipstream.decoding.request import Chunk, FinishReason, GenerationRequest, Prompt, prefilled_tokens
 from blipstream.decoding.sampler import Choice, TokenChooser
 from blipstream.decoding.text import TextStream, Tokenizer
 from blipstream.errors import BlipstreamError, InvalidRequestError, PromptTooLongError
@@ -21,7 +21,11 @@ class GenerationLimits:
 
     vocab_size: int
     max_tokens: int
-    """Tokens of one row of the KV cache: soft tokens + prompt + generated."""
+    """Tokens of one row of the KV cache."""
+    max_prompt_tokens: int
+    """Soft tokens + prompt at most."""
+    decoder_start_token_id: int | None
+    """What a row begins with behind an encoder; None where it holds the prompt itself."""
     eos_token_ids: frozenset[int]
     image_token_id: int | None
 
@@ -34,12 +38,12 @@ class Generation:
     Args:
         request: what is to be generated.
         tokenizer: the language model's.
-        limits: what the request has to keep to; its ``max_tokens`` is cut to the room that the prompt leaves.
+        limits: what the request has to keep to; its ``max_tokens`` is cut to the room that there is in a row.
         observer: is told of the first token and of the end.
         clock: seconds; the clock of ``request.arrived_at``.
 
     Raises:
-        PromptTooLongError: the prompt leaves no room for a generated token.
+        PromptTooLongError: the prompt is longer than what can be read, or leaves no room for a generated token.
         InvalidRequestError: the prompt is empty, or holds ids that are no tokens.
     """
 
@@ -64,7 +68,8 @@ class Generation:
         self.ended = False
         """Whether its last chunk is out."""
         self._text = TextStream(tokenizer, request.params.stop)
-        self._max_new_tokens = min(request.params.max_tokens, limits.max_tokens - self.num_prompt_tokens)
+        self._num_prefilled_tokens = prefilled_tokens(request.prompt, limits.decoder_start_token_id)
+        self._max_new_tokens = min(request.params.max_tokens, limits.max_tokens - self._num_prefilled_tokens)
         self._eos_token_ids = limits.eos_token_ids
         self._observer = observer
         self._clock = clock
@@ -72,7 +77,7 @@ class Generation:
     @property
     def num_cached_tokens(self) -> int:
         """Tokens that its row of the KV cache holds: all but the newest, which the next step appends."""
-        return self.num_prompt_tokens + len(self.token_ids) - 1
+        return self._num_prefilled_tokens + len(self.token_ids) - 1
 
     @property
     def start_by(self) -> float | None:
@@ -149,21 +154,30 @@ def _check_prompt(prompt: Prompt, limits: GenerationLimits) -> None:
         raise InvalidRequestError(
             f"the prompt's token ids must be from 0 to {limits.vocab_size - 1}, but one of them is {foreign[0]}"
         )
-    if prompt.num_tokens >= limits.max_tokens:
+    if prompt.num_tokens > limits.max_prompt_tokens:
+        bound = "leave room for an answer" if limits.decoder_start_token_id is None else "can be read"
         raise PromptTooLongError(
             f"the prompt has {prompt.num_tokens} tokens, {len(prompt.soft_tokens)} of them for the image, and at most "
-            f"{limits.max_tokens - 1} leave room for an answer"
+            f"{limits.max_prompt_tokens} {bound}"
         )
 
 
 def _token_chooser(request: GenerationRequest, tokenizer: Tokenizer, limits: GenerationLimits) -> TokenChooser:
-    """The chooser's view of the prompt has a placeholder for each soft token, as ``generate`` in transformers does."""
-    prompt, image_token_id = request.prompt, limits.image_token_id
-    placeholders: Collection[int] = () if image_token_id is None else (image_token_id,) * len(prompt.soft_tokens)
     return TokenChooser(
         request.params,
-        prompt_ids=(*placeholders, *prompt.token_ids),
+        prompt_ids=_seen_ids(request.prompt, limits),
         eos_token_ids=limits.eos_token_ids,
         bad_words=tokenizer.word_sequences(request.params.bad_words),
         vocab_size=limits.vocab_size,
     )
+
+
+def _seen_ids(prompt: Prompt, limits: GenerationLimits) -> tuple[int, ...]:
+    """The ids that ``generate`` in transformers shows its logits processors before the first token.
+
+    A decoder-only model's are the prompt with a placeholder for each soft token; behind an encoder, the start token.
+    """
+    if limits.decoder_start_token_id is not None:
+        return (limits.decoder_start_token_id,)
+    placeholders = () if limits.image_token_id is None else (limits.image_token_id,) * len(prompt.soft_tokens)
+    return (*placeholders, *prompt.token_ids)

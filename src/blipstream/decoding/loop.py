@@ -82,7 +82,12 @@ class DecodeLoop:
         self._decoder = decoder
         self._tokenizer = tokenizer
         self._limits = GenerationLimits(
-            decoder.vocab_size, decoder.max_tokens, frozenset(eos_token_ids), image_token_id
+            vocab_size=decoder.vocab_size,
+            max_tokens=decoder.max_tokens,
+            max_prompt_tokens=decoder.max_prompt_tokens,
+            decoder_start_token_id=decoder.decoder_start_token_id,
+            eos_token_ids=frozenset(eos_token_ids),
+            image_token_id=image_token_id,
         )
         self._observer = GuardedObserver(observer or LoopObserver())
         self._clock = clock
@@ -104,7 +109,7 @@ class DecodeLoop:
         with ``FinishReason.LENGTH``, as at any other limit.
 
         Raises:
-            PromptTooLongError: the prompt leaves no room in a row for a generated token.
+            PromptTooLongError: the prompt is longer than what can be read, or leaves no room for a generated token.
             InvalidRequestError: the prompt is empty, or holds ids that are no tokens.
             ServerBusyError: the queue is full, or the loop is closing.
         """

@@ -137,6 +137,11 @@ class Prompt:
         return int(self.soft_tokens.shape[0]) + len(self.token_ids)
 
 
+def prefilled_tokens(prompt: Prompt, decoder_start_token_id: int | None) -> int:
+    """Tokens that a row of the KV cache holds after a prefill: the prompt, or the start token if an encoder reads it."""
+    return prompt.num_tokens if decoder_start_token_id is None else 1
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One answer of the loop to a request: the tokens since the last chunk, or the error that ended it."""
@@ -185,7 +190,9 @@ class GenerationRequest:
 class Decoder(Protocol):
     """A language model with a KV cache in compact slots: what the loop needs of an engine.
 
-    Running sequences hold rows ``0 .. n - 1``. The loop alone calls it, from one thread.
+    Running sequences hold rows ``0 .. n - 1``. The loop alone calls it, from one thread. A decoder-only model keeps the
+    prompt in a row of its cache, and goes on behind it; one with an encoder keeps apart what the encoder made of the
+    prompt, and a row begins with a start token.
     """
 
     @property
@@ -199,12 +206,22 @@ class Decoder(Protocol):
         ...
 
     @property
+    def max_prompt_tokens(self) -> int:
+        """Longest prompt in tokens, soft tokens included."""
+        ...
+
+    @property
+    def decoder_start_token_id(self) -> int | None:
+        """The token that every row begins with, behind an encoder; None for a decoder-only model."""
+        ...
+
+    @property
     def vocab_size(self) -> int:
         """Width V of the logits."""
         ...
 
     def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> npt.NDArray[np.float32]:
-        """Fill rows ``first_row ..`` with the prompts; return the logits (B, V) that follow each.
+        """Fill rows ``first_row ..`` with the prompts; return the logits (B, V) of the first token behind each.
 
         Raises:
             EngineError: the engine failed; the rows' contents are undefined.
@@ -220,5 +237,5 @@ class Decoder(Protocol):
         ...
 
     def move_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of row ``source`` over row ``target``."""
+        """Copy row ``source``, which holds ``length`` tokens, over row ``target``."""
         ...

@@ -1,7 +1,7 @@
 """Inference engines behind one interface.
 
-:func:`create_engine` loads a graph by the engine's name in a bundle's manifest. :class:`CachedDecoder` turns the engine
-of a decoder graph into what the decode loop needs: a language model with a KV cache.
+:func:`create_engine` loads a graph by the engine's name in a bundle's manifest. :func:`load_decoder` turns the graphs
+of a language model into what the decode loop needs, whatever its kind.
 """
 
 from __future__ import annotations
@@ -10,11 +10,22 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from blipstream.contract import DECODER_FILE, ENCODER_FILE, DecoderSection
 from blipstream.engines.base import BoundRun, Engine, TensorInfo
-from blipstream.engines.decoder import CachedDecoder
+from blipstream.engines.decoder import CachedDecoder, RowDecoder
+from blipstream.engines.encoder_decoder import EncoderDecoder
 from blipstream.errors import EngineError
 
-__all__ = ["BoundRun", "CachedDecoder", "Engine", "TensorInfo", "create_engine"]
+__all__ = [
+    "BoundRun",
+    "CachedDecoder",
+    "EncoderDecoder",
+    "Engine",
+    "RowDecoder",
+    "TensorInfo",
+    "create_engine",
+    "load_decoder",
+]
 
 
 def _onnxruntime(path: Path, threads: int | None) -> Engine:
@@ -43,3 +54,18 @@ def create_engine(name: str, path: Path, *, threads: int | None = None) -> Engin
     if name not in _ENGINES:
         raise EngineError(f"there is no engine called {name!r}; this version knows {', '.join(_ENGINES)}")
     return _ENGINES[name](path, threads)
+
+
+def load_decoder(sizes: DecoderSection, load: Callable[[str], Engine]) -> RowDecoder:
+    """The language model of a bundle, with its cache.
+
+    Args:
+        sizes: the manifest's section.
+        load: loads one of its graphs, by the name of its file.
+
+    Raises:
+        EngineError: a graph is missing, cannot be loaded, or is not one of such a model.
+    """
+    if sizes.encoder is None:
+        return CachedDecoder(load(DECODER_FILE), sizes)
+    return EncoderDecoder(load(ENCODER_FILE), load(DECODER_FILE), sizes)

@@ -7,10 +7,10 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from blipstream.contract import DECODER_FILE, TOKENIZER_FILE
+from blipstream.contract import TOKENIZER_FILE
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.text import Tokenizer
-from blipstream.engines import CachedDecoder
+from blipstream.engines import load_decoder
 from blipstream.instructions import InstructionEncoder
 from blipstream.preprocess import ImageLimits, limit_pillow
 from blipstream.triton.calls import CANCEL_PARAMETER, TritonCall
@@ -30,7 +30,7 @@ class DecoderModel:
         folder = ModelFolder(args)
         manifest, config = folder.manifest, folder.config
         tokenizer = Tokenizer.load(folder.path / TOKENIZER_FILE)
-        self._decoder = CachedDecoder(folder.load_engine(DECODER_FILE), manifest.decoder)
+        self._decoder = load_decoder(manifest.decoder, folder.load_engine)
         limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
         limit_pillow(limits)
         capacity = manifest.decoder.max_sequences
