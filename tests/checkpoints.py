@@ -1,6 +1,6 @@
 """Random tiny BLIP-2 checkpoints in the Hugging Face layout, for tests that need a checkpoint and not its meaning.
 
-    folder = save_blip2_opt(tmp_path / "checkpoint", opt={"num_hidden_layers": 3})
+    folder = save_blip2(tmp_path / "checkpoint", "llama", text={"num_hidden_layers": 3})
     model = Blip2ForConditionalGeneration.from_pretrained(folder)
     processor = Blip2Processor.from_pretrained(folder)
 
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from tests.languages import LANGUAGES
+
 if TYPE_CHECKING:
     from transformers import Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerFast
 
@@ -30,31 +32,6 @@ PROMPTS = (
     "the dog and\nthe child: ünïcode",
 )
 """Prompts of unequal lengths; the empty one means plain captioning."""
-
-SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
-"""Ids 0 to 3, as in OPT's own tokenizer; ``</s>`` begins and ends a text."""
-
-OPT_VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "odd heads": {"hidden_size": 60, "num_attention_heads": 5, "num_hidden_layers": 3, "ffn_dim": 77},
-    "one head, one layer": {"hidden_size": 9, "num_attention_heads": 1, "num_hidden_layers": 1, "ffn_dim": 31},
-    "post-norm, narrow embeddings": {"do_layer_norm_before": False, "word_embed_proj_dim": 20},
-    "pre-norm, narrow embeddings": {"word_embed_proj_dim": 28, "hidden_size": 64, "num_attention_heads": 4},
-    "post-norm": {"do_layer_norm_before": False, "num_hidden_layers": 3},
-    "no bias": {"enable_bias": False},
-    "plain norms": {"layer_norm_elementwise_affine": False},
-    "no final norm": {"_remove_final_layer_norm": True},
-    "untied, larger vocabulary": {"tie_word_embeddings": False, "vocab_size": 337},
-    "gelu": {"activation_function": "gelu", "hidden_size": 40, "num_attention_heads": 2},
-}
-"""Overrides of ``OPTConfig``: every branch of the architecture, with odd sizes (heads of 12, 9, 20, ... values)."""
-
-CORPUS = (
-    "a photo of a red cat and a blue dog on a green chair",
-    "Question: what colour is the large circle? Answer: yellow",
-    "Question: how many children are there? Answer: two children and a dog",
-    "this is a photo of the small house, the tree and the river",
-)
 
 
 @dataclass(frozen=True)
@@ -73,33 +50,6 @@ class TinySizes:
     cross_attention_frequency: int = 2
 
 
-def make_tokenizer(vocab_size: int = 320, *, image_token: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in the manner of OPT's: ``</s>`` before a text, ``<image>`` as the last id.
-
-    It holds at most ``vocab_size`` tokens (260 are the bytes and the special tokens).
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - int(image_token),
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(CORPUS, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    if image_token:
-        tokenizer.add_tokens(["<image>"], special_tokens=True)
-    return tokenizer
-
-
 def make_processor(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> Blip2Processor:
     """A processor as published checkpoints carry it: bicubic resize to a square, CLIP's mean and deviation."""
     from transformers import Blip2Processor, BlipImageProcessor
@@ -108,48 +58,63 @@ def make_processor(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> Blip
     return Blip2Processor(BlipImageProcessor(size=size), tokenizer, num_query_tokens=sizes.num_query_tokens)
 
 
-def make_blip2_opt(
+def make_blip2(
+    language: str = "opt",
     tokenizer_size: int = 320,
     image_token_id: int = 319,
     *,
     seed: int = 0,
     sizes: TinySizes | None = None,
-    opt: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
 ) -> Blip2ForConditionalGeneration:
-    """A BLIP-2 with an OPT language model, drawn from ``seed``; ``opt`` overrides fields of its ``OPTConfig``."""
+    """A BLIP-2 with a language model of that kind, drawn from ``seed``; ``text`` overrides fields of its config."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration
 
     sizes = sizes or TinySizes()
     config = Blip2Config(
         vision_config=vision_config(sizes),
         qformer_config=qformer_config(sizes),
-        text_config=opt_config(tokenizer_size, opt),
+        text_config=LANGUAGES[language].config(tokenizer_size, text),
         num_query_tokens=sizes.num_query_tokens,
         image_token_index=image_token_id,
     )
     return draw_weights(Blip2ForConditionalGeneration(config), seed)
 
 
-def save_blip2_opt(
+def make_blip2_opt(
+    tokenizer_size: int = 320, image_token_id: int = 319, *, opt: Mapping[str, Any] | None = None, **options: Any
+) -> Blip2ForConditionalGeneration:
+    """:func:`make_blip2` with OPT; ``opt`` overrides fields of its ``OPTConfig``."""
+    return make_blip2("opt", tokenizer_size, image_token_id, text=opt, **options)
+
+
+def save_blip2(
     folder: Path,
+    language: str = "opt",
     *,
     seed: int = 0,
     sizes: TinySizes | None = None,
-    opt: Mapping[str, Any] | None = None,
-    tokenizer_size: int = 320,
+    text: Mapping[str, Any] | None = None,
     max_shard_size: str = "5GB",
+    **tokenizer: Any,
 ) -> Path:
-    """Write a random BLIP-2 with OPT (weights, configurations, processor) into ``folder``, and return it.
+    """Write a random BLIP-2 (weights, configurations, processor) into ``folder``, and return it.
 
-    ``opt`` overrides fields of the language model's ``OPTConfig``; ``max_shard_size`` such as ``"100KB"`` shards it.
+    ``text`` overrides fields of the language model's configuration, ``tokenizer`` goes to its tokenizer's function;
+    ``max_shard_size`` such as ``"100KB"`` shards the weights.
     """
     sizes = sizes or TinySizes()
-    tokenizer = make_tokenizer(tokenizer_size)
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    model = make_blip2_opt(len(tokenizer), image_token_id, seed=seed, sizes=sizes, opt=opt)
+    vocabulary = LANGUAGES[language].tokenizer(**tokenizer)
+    image_token_id = vocabulary.convert_tokens_to_ids("<image>")
+    model = make_blip2(language, len(vocabulary), image_token_id, seed=seed, sizes=sizes, text=text)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    make_processor(tokenizer, sizes).save_pretrained(folder)
+    make_processor(vocabulary, sizes).save_pretrained(folder)
     return folder
+
+
+def save_blip2_opt(folder: Path, *, opt: Mapping[str, Any] | None = None, **options: Any) -> Path:
+    """:func:`save_blip2` with OPT; ``opt`` overrides fields of its ``OPTConfig``."""
+    return save_blip2(folder, "opt", text=opt, **options)
 
 
 def make_images(count: int, *, seed: int = 0, size: tuple[int, int] = (64, 48)) -> list[Image.Image]:
@@ -157,24 +122,6 @@ def make_images(count: int, *, seed: int = 0, size: tuple[int, int] = (64, 48)) 
     rng = np.random.default_rng(seed)
     patches = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     return [Image.fromarray(patch, "RGB").resize(size, Image.Resampling.BICUBIC) for patch in patches]
-
-
-def opt_config(vocab_size: int, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A small OPT that ends a text as OPT's own tokenizer does."""
-    from transformers import OPTConfig
-
-    fields = {
-        "vocab_size": vocab_size,
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "ffn_dim": 80,
-        "max_position_embeddings": 160,
-        "bos_token_id": 2,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-    }
-    return OPTConfig(**(fields | dict(overrides or {}))).to_dict()
 
 
 def vision_config(sizes: TinySizes) -> dict[str, Any]:
@@ -210,6 +157,8 @@ def draw_weights(model: Any, seed: int) -> Any:
         for name, parameter in sorted(model.named_parameters()):
             _draw(name, parameter, generator)
     model.tie_weights()
+    text_config = model.config.text_config
+    LANGUAGES[text_config.model_type].finish(model.language_model, seed)
     return model.eval()
 
 
@@ -222,8 +171,10 @@ def _draw(name: str, parameter: Any, generator: Any) -> None:
         parameter.copy_(1 + 0.1 * noise)
     elif parameter.dim() < 2:
         parameter.copy_(0.1 * noise)
-    elif parameter.dim() == 2 and "embed" not in name:
+    elif parameter.dim() == 2 and "embed" not in name and "shared" not in name:
         gain = 4 if name.startswith("language_model") else 2
+        if ".SelfAttention.q." in name or ".EncDecAttention.q." in name:  # T5 has no other scale of its scores
+            gain = 0.5
         parameter.copy_(noise * gain * parameter.shape[1] ** -0.5)
     else:
         parameter.copy_(noise * (0.3 if "patch_embedding" not in name else 0.1))

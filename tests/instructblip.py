@@ -6,15 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.checkpoints import (
-    CORPUS,
-    TinySizes,
-    draw_weights,
-    make_tokenizer,
-    opt_config,
-    qformer_config,
-    vision_config,
-)
+from tests.checkpoints import TinySizes, draw_weights, qformer_config, vision_config
+from tests.languages import CORPUS, opt_config, opt_tokenizer
 
 if TYPE_CHECKING:
     from transformers import (
@@ -86,7 +79,7 @@ def make_instructblip_opt(
 
 def save_instructblip_opt(folder: Path, **options: Any) -> Path:
     """Write a random InstructBLIP with OPT (weights, configurations, processor) into ``folder``, and return it."""
-    tokenizer, sizes = make_tokenizer(), options.get("sizes") or TinySizes()
+    tokenizer, sizes = opt_tokenizer(), options.get("sizes") or TinySizes()
     model = make_instructblip_opt(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), **options)
     model.save_pretrained(folder)
     make_instructblip_processor(tokenizer, make_qformer_tokenizer(), sizes).save_pretrained(folder)

@@ -37,7 +37,7 @@ from blipstream_export.models.qformer import InstructionQFormer, QFormer
 from blipstream_export.models.vision import VisionEncoder
 from blipstream_export.parity import ParityReport, Thresholds, measure
 from blipstream_export.reference import compute_reference
-from blipstream_export.tokenizer import check_qformer_tokenizer, check_tokenizer, save_tokenizer
+from blipstream_export.tokenizer import check_qformer_tokenizer, check_tokenizer, save_tokenizer, tokenizer_notes
 
 PRECISIONS = ("fp32",)
 DEFAULT_MAX_TOKENS = 256
@@ -147,7 +147,7 @@ class _Build:
             sizes = _decoder_sizes(self._options, checkpoint)
             model = load_model(checkpoint)
             generation = generation_section(model, checkpoint)
-            self.notes += generation_notes(model)
+            self.notes += [*tokenizer_notes(checkpoint), *generation_notes(model, checkpoint)]
         with self._stage("reference"):
             reference = compute_reference(model, checkpoint, sizes)
         self._export_images(model, checkpoint)

@@ -16,6 +16,7 @@ from typing import Any
 from blipstream.contract import DecoderSection, ImageSection
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
 from blipstream_export.families import Family, LanguageModule, find_family
+from blipstream_export.generation import empty_prompt_ids, is_token
 from blipstream_export.weights import TensorHeader, read_headers, read_json
 
 CONFIG_FILE = "config.json"
@@ -82,9 +83,9 @@ def open_checkpoint(source: str) -> Checkpoint:
     config.num_query_tokens = _num_query_tokens(raw, headers, folder)
     processor = _load_processor(folder, family)
     _frame(processor, config, folder)
-    _check_text_config(config, family, source)
-    family.language.load().check_config(config.text_config, source)
-    return Checkpoint(folder, name, family, config, processor, _image_section(processor, config))
+    checkpoint = Checkpoint(folder, name, family, config, processor, _image_section(processor, config))
+    _check_text_config(checkpoint, source)
+    return checkpoint
 
 
 def load_model(checkpoint: Checkpoint) -> Any:
@@ -178,18 +179,20 @@ def _placeholder_id(processor: Any, config: Any) -> int | None:
     return token if known and token < config.text_config.vocab_size else None
 
 
-def _check_text_config(config: Any, family: Family, source: str) -> None:
-    text = config.text_config
-    if text.bos_token_id is None and not family.image_side.instructed:  # an instruction frames even an empty text
-        raise UnsupportedCheckpointError(
-            f"the language model of {source} has no bos_token_id, with which a caption without a prompt begins"
-        )
+def _check_text_config(checkpoint: Checkpoint, source: str) -> None:
+    text = checkpoint.config.text_config
+    checkpoint.language.check_config(text, source)
     for name in ("bos_token_id", "pad_token_id"):
-        value = getattr(text, name)
-        if value is not None and not 0 <= value < text.vocab_size:
+        value = getattr(text, name, None)
+        if is_token(value) and value >= text.vocab_size:
             raise CheckpointError(
                 f"{name} = {value} of {source} is outside the language model's vocabulary of {text.vocab_size} tokens"
             )
+    if not checkpoint.instructed and not empty_prompt_ids(checkpoint):
+        raise UnsupportedCheckpointError(
+            f"the language model of {source} has no bos_token_id and its tokenizer makes nothing of an empty text: a "
+            "caption without a prompt has nothing to begin with"
+        )
 
 
 def _image_section(processor: Any, config: Any) -> ImageSection:

@@ -133,9 +133,7 @@ def measure(
             for embeds in (reference.image_embeds, served_embeds)
         )
     folder = bundle / BLIP2 / MODEL_VERSION
-    decoder = load_decoder(
-        manifest.decoder, lambda file: create_engine(engine, folder / file, threads=threads)
-    )
+    decoder = load_decoder(manifest.decoder, lambda file: create_engine(engine, folder / file, threads=threads))
     try:
         stages = (
             compare(PREPROCESS_STAGE, pixel_values, reference.pixel_values),

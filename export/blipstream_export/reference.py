@@ -14,7 +14,7 @@ from PIL import Image
 from blipstream.contract import DecoderSection
 from blipstream.instructions import instruction_inputs
 from blipstream_export.checkpoint import Checkpoint
-from blipstream_export.generation import empty_prompt_ids
+from blipstream_export.generation import NEUTRAL, begin_token_id, empty_prompt_ids
 from blipstream_export.tokenizer import SAMPLE_PROMPTS, instruction_ids
 
 if TYPE_CHECKING:
@@ -162,18 +162,24 @@ def _generate(
         placeholder = next(token for token in vocabulary if token not in sample.prompt_ids)
     model.config.image_token_index = placeholder
     inputs = {"pixel_values": pixel_values[[sample.image]], **_instruction(sample.instruction)}
-    if sample.prompt or checkpoint.instructed:
+    if sample.prompt or begin_token_id(checkpoint) is None:
         soft = [placeholder] * checkpoint.config.num_query_tokens
         inputs["input_ids"] = torch.tensor([[*soft, *sample.prompt_ids]])
     output = model.generate(
         **inputs,
         max_new_tokens=min(NEW_TOKENS, sample.room),
-        do_sample=False,
-        num_beams=1,
         repetition_penalty=1.0,
+        **NEUTRAL,
+        use_cache=_caches(checkpoint),
         output_logits=True,
         return_dict_in_generate=True,
     )
     logits = torch.cat(output.logits).numpy()  # (n, V)
     token_ids = tuple(output.sequences[0, -len(logits) :].tolist())
     return SampleText(sample.image, reading, sample.prompt, sample.prompt_ids, token_ids, logits)
+
+
+def _caches(checkpoint: Checkpoint) -> bool:
+    """Whether ``generate`` can keep a cache: transformers 5 makes T5's as deep as the encoder."""
+    text = checkpoint.config.text_config
+    return getattr(text, "num_decoder_layers", 0) <= text.num_hidden_layers

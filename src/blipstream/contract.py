@@ -159,7 +159,8 @@ def triton_models(*, instructed: bool) -> tuple[ModelSpec, ...]:
 
 # --- the language model's graphs ---------------------------------------------------------------------------------
 #
-# A decoder-only model is ``decoder.onnx``: one graph for prefill (S = prompt length, rows padded on the right) and decode step (S = 1), B rows at once:
+# A decoder-only model is ``decoder.onnx``: one graph for prefill (S = prompt length, rows padded on the right) and for
+# decode step (S = 1), B rows at once:
 #
 #   input_ids              INT64 (B, S)   token ids; -(1 + k) stands for row k of ``soft_tokens``
 #   soft_tokens            FP32  (N, D)   soft tokens of all rows, one after the other; N >= 1 (unused when decoding)
@@ -183,9 +184,9 @@ def triton_models(*, instructed: bool) -> tuple[ModelSpec, ...]:
 #
 #   cross_seqlens_k        INT32 (B,)     tokens that the encoder has read for each row, minus one
 #   cross_total_sequence_length INT32 ()  the largest of (cross_seqlens_k + 1)
-#   past_cross_key.{i}, past_cross_value.{i}        FP32 (B, H, T_prompt, D_head): what the encoder gave, T_prompt = the
-#                                                   cross-attention cache's capacity in tokens
-#   present_cross_key.{i}, present_cross_value.{i}  same shape; bound to the memory of past_cross_*, which stays as it is
+#   past_cross_key.{i}, past_cross_value.{i}        FP32 (B, H, T_prompt, D_head): what the encoder gave, in rows of
+#                                                   T_prompt tokens
+#   present_cross_key.{i}, present_cross_value.{i}  same shape; bound to the memory of past_cross_*, and unchanged
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import TinySizes, make_blip2_opt, make_processor, make_tokenizer
+from tests.checkpoints import TinySizes, make_blip2_opt, make_processor
+from tests.languages import opt_tokenizer
 
 Fault = Callable[[Path], None]
 
@@ -89,7 +90,7 @@ def shards(then: Fault) -> Fault:
 
 def other_tokenizer(**fields: Any) -> Fault:
     def fault(folder: Path) -> None:
-        tokenizer = make_tokenizer(**fields)
+        tokenizer = opt_tokenizer(**fields)
         make_processor(tokenizer, TinySizes()).save_pretrained(folder)
 
     return fault

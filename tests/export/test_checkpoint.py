@@ -15,8 +15,9 @@ from blipstream_export.tokenizer import check_tokenizer
 
 from blipstream.contract import DecoderSection
 from blipstream.errors import BundleError, CheckpointError, UnsupportedCheckpointError
-from tests.checkpoints import TinySizes, make_blip2_opt, make_images, make_processor, make_tokenizer, save_blip2_opt
+from tests.checkpoints import TinySizes, make_blip2_opt, make_images, make_processor, save_blip2_opt
 from tests.export.damage import edit, put, weights
+from tests.languages import opt_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_old_configuration_is_completed(checkpoint: Path, random_checkpoint: Pat
 
 def test_old_checkpoint_without_room_for_the_placeholder(tmp_path: Path) -> None:
     """As first published: no ``<image>`` in the tokenizer, and no row for it in the language model."""
-    tokenizer = make_tokenizer(image_token=False)
+    tokenizer = opt_tokenizer(image_token=False)
     model = make_blip2_opt(len(tokenizer), image_token_id=5)
     model.save_pretrained(tmp_path)
     make_processor(tokenizer, TinySizes()).save_pretrained(tmp_path)

@@ -39,15 +39,8 @@ from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, SamplingParams
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import CachedDecoder, create_engine
-from tests.checkpoints import (
-    OPT_VARIANTS,
-    PROMPTS,
-    TinySizes,
-    make_blip2_opt,
-    make_images,
-    make_processor,
-    make_tokenizer,
-)
+from tests.checkpoints import PROMPTS, TinySizes, make_blip2_opt, make_images, make_processor
+from tests.languages import OPT_VARIANTS, opt_tokenizer
 
 NEW_TOKENS = 14
 ROWS = 4
@@ -56,7 +49,7 @@ ROWS = 4
 @pytest.mark.parametrize("name", OPT_VARIANTS)
 def test_greedy_tokens_equal_generate(name: str, tmp_path: Path) -> None:
     """Mixed prompts and images, more of them than slots, in flight together in the loop that serves them."""
-    tokenizer = make_tokenizer()
+    tokenizer = opt_tokenizer()
     model = make_blip2_opt(opt=OPT_VARIANTS[name])
     processor = make_processor(tokenizer, TinySizes())
     tokenizer.backend_tokenizer.save(str(tmp_path / TOKENIZER_FILE))

@@ -138,7 +138,7 @@ class Prompt:
 
 
 def prefilled_tokens(prompt: Prompt, decoder_start_token_id: int | None) -> int:
-    """Tokens that a row of the KV cache holds after a prefill: the prompt, or the start token if an encoder reads it."""
+    """Tokens in a row of the KV cache after a prefill: the prompt, or the start token where an encoder reads that."""
     return prompt.num_tokens if decoder_start_token_id is None else 1
 
 

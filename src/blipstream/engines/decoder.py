@@ -104,9 +104,7 @@ class RowDecoder(ABC):
     def _step_inputs(self, first_row: int, count: int) -> dict[str, Array]:
         """The small inputs of a step of ``count`` rows, views of what :meth:`_fill_step` fills."""
 
-    def _fill_step(
-        self, first_row: int, token_ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
-    ) -> None:
+    def _fill_step(self, first_row: int, token_ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> None:
         """Prepare a step that appends ``token_ids`` (n,) to rows ``first_row ..`` with ``lengths`` (n,) tokens."""
         self._step.fill(first_row, token_ids, lengths)
 

@@ -95,9 +95,7 @@ class EncoderDecoder(RowDecoder):
             DECODER_IO.cross_total_sequence_length: self._cross_total_sequence_length,
         }
 
-    def _fill_step(
-        self, first_row: int, token_ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
-    ) -> None:
+    def _fill_step(self, first_row: int, token_ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> None:
         super()._fill_step(first_row, token_ids, lengths)
         longest = self._cross_seqlens_k[first_row : first_row + len(token_ids)].max() + 1
         self._cross_total_sequence_length[...] = longest

@@ -16,6 +16,8 @@ from blipstream.decoding.text import Tokenizer
 
 EOS = 256
 VOCAB_SIZE = 257
+START = 7
+"""What a row of :class:`FakeEncoderDecoder` begins with."""
 
 
 @functools.cache
@@ -42,6 +44,7 @@ class FakeDecoder:
     """
 
     vocab_size = VOCAB_SIZE
+    decoder_start_token_id: int | None = None
 
     def __init__(self, max_sequences: int = 4, max_tokens: int = 64, eos_bias: float = 0.0) -> None:
         self.max_sequences = max_sequences
@@ -52,6 +55,10 @@ class FakeDecoder:
         """Number of prompts of each prefill."""
         self.steps: list[int] = []
         """Number of rows of each decode step."""
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self.max_tokens - 1
 
     def logits(self, history: Sequence[float]) -> npt.NDArray[np.float32]:
         seed = zlib.crc32(np.array(history, np.float64).tobytes())
@@ -68,7 +75,7 @@ class FakeDecoder:
         assert first_row + len(prompts) <= self.max_sequences
         self.prefills.append(len(prompts))
         for row, prompt in enumerate(prompts, first_row):
-            assert prompt.num_tokens < self.max_tokens
+            assert prompt.num_tokens <= self.max_prompt_tokens
             self.rows[row] = self.history(prompt)
         return np.stack([self.logits(self.history(prompt)) for prompt in prompts])
 
@@ -78,7 +85,7 @@ class FakeDecoder:
         for row, (token, length) in enumerate(zip(token_ids, lengths, strict=True)):
             history = self.rows[row]
             assert history is not None, f"row {row} is stepped, but holds nothing"
-            assert len(history) == length < self.max_tokens
+            assert self.length(row) == length < self.max_tokens
             history.append(int(token))
             result.append(self.logits(history))
         return np.stack(result)
@@ -86,8 +93,46 @@ class FakeDecoder:
     def move_row(self, source: int, target: int, length: int) -> None:
         history = self.rows[source]
         assert history is not None
-        assert len(history) == length
+        assert self.length(source) == length
         self.rows[target], self.rows[source] = history, None
+
+    def length(self, row: int) -> int:
+        """Tokens that a row of the cache holds."""
+        return len(self.rows[row] or ())
+
+
+class FakeEncoderDecoder(FakeDecoder):
+    """The same behind an encoder: a row begins with the start token, and its prompt is kept elsewhere."""
+
+    decoder_start_token_id = START
+
+    def __init__(
+        self, max_sequences: int = 4, max_tokens: int = 64, eos_bias: float = 0.0, max_prompt_tokens: int = 40
+    ) -> None:
+        super().__init__(max_sequences, max_tokens, eos_bias)
+        self._max_prompt_tokens = max_prompt_tokens
+        self.prompts: dict[int, int] = {}
+        """Tokens of the prompt of each row."""
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return self._max_prompt_tokens
+
+    @staticmethod
+    def history(prompt: Prompt) -> list[float]:
+        return [*FakeDecoder.history(prompt), -1.0, START]
+
+    def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> npt.NDArray[np.float32]:
+        logits = super().prefill(first_row, prompts)
+        self.prompts |= {row: prompt.num_tokens + 1 for row, prompt in enumerate(prompts, first_row)}
+        return logits
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        super().move_row(source, target, length)
+        self.prompts[target] = self.prompts.pop(source)
+
+    def length(self, row: int) -> int:
+        return super().length(row) - self.prompts[row]
 
 
 class Client:

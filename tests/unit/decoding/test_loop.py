@@ -22,7 +22,16 @@ from blipstream.errors import (
     RequestTimeoutError,
     ServerBusyError,
 )
-from tests.unit.decoding.fakes import EOS, VOCAB_SIZE, Client, FakeDecoder, byte_tokenizer, make_prompt, run
+from tests.unit.decoding.fakes import (
+    EOS,
+    VOCAB_SIZE,
+    Client,
+    FakeDecoder,
+    FakeEncoderDecoder,
+    byte_tokenizer,
+    make_prompt,
+    run,
+)
 
 
 class Clock:
@@ -241,9 +250,10 @@ request_plans = st.fixed_dictionaries(
     plans=st.lists(request_plans, min_size=1, max_size=12),
     max_sequences=st.integers(1, 5),
     budget=st.sampled_from([1, 20, 512]),
+    make_decoder=st.sampled_from([FakeDecoder, FakeEncoderDecoder]),
 )
-def test_each_sequence_is_what_it_is_alone_whatever_comes_and_goes(plans, max_sequences, budget):
-    decoder = FakeDecoder(max_sequences, max_tokens=32, eos_bias=3.0)
+def test_each_sequence_is_what_it_is_alone_whatever_comes_and_goes(plans, max_sequences, budget, make_decoder):
+    decoder = make_decoder(max_sequences, max_tokens=32, eos_bias=3.0)
     loop = make_loop(decoder, config=LoopConfig(prefill_budget=budget))
     clients = [plan_client(plan) for plan in plans]
     for iteration in range(10_000):
@@ -258,7 +268,7 @@ def test_each_sequence_is_what_it_is_alone_whatever_comes_and_goes(plans, max_se
             break
     for plan, client in zip(plans, clients, strict=True):
         alone = plan_client(plan)
-        quiet = make_loop(FakeDecoder(1, max_tokens=32, eos_bias=3.0))
+        quiet = make_loop(make_decoder(1, max_tokens=32, eos_bias=3.0))
         quiet.submit(alone.request)
         run(quiet)
         assert client.done
