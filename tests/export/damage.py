@@ -76,6 +76,10 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Fault:
     return fault
 
 
+def both(first: Fault, second: Fault) -> Fault:
+    return lambda folder: [first(folder), second(folder)] and None
+
+
 def shards(then: Fault) -> Fault:
     """Save the checkpoint in shards instead, and damage it then."""
 

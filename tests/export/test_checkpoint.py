@@ -9,13 +9,13 @@ import pytest
 import torch
 from blipstream_export.build import BuildOptions, build
 from blipstream_export.checkpoint import Checkpoint, load_model, open_checkpoint
-from blipstream_export.generation import generation_notes, generation_section
+from blipstream_export.generation import empty_prompt_ids, generation_notes, generation_section
 from blipstream_export.reference import compute_reference
-from blipstream_export.tokenizer import check_tokenizer
+from blipstream_export.tokenizer import check_tokenizer, tokenizer_notes
 
 from blipstream.contract import DecoderSection
 from blipstream.errors import BundleError, CheckpointError, UnsupportedCheckpointError
-from tests.checkpoints import TinySizes, make_blip2_opt, make_images, make_processor, save_blip2_opt
+from tests.checkpoints import TinySizes, make_blip2_opt, make_images, make_processor, save_blip2, save_blip2_opt
 from tests.export.damage import edit, put, weights
 from tests.languages import opt_tokenizer
 
@@ -157,7 +157,7 @@ def test_generation_defaults(checkpoint: Path) -> None:
         "max_new_tokens": 20,
         "repetition_penalty": 1.0,
     }
-    assert generation_notes(model) == []
+    assert generation_notes(model, opened) == []
 
 
 def test_generation_config_that_generate_does_not_read_is_pointed_out(checkpoint: Path) -> None:
@@ -165,7 +165,7 @@ def test_generation_config_that_generate_does_not_read_is_pointed_out(checkpoint
     opened = open_checkpoint(str(checkpoint))
     model = load_model(opened)
     assert generation_section(model, opened).max_new_tokens == 20
-    (note,) = generation_notes(model)
+    (note,) = generation_notes(model, opened)
     assert note.startswith("generation_config.json asks for num_beams = 5, max_new_tokens = 3, which the checkpoint's")
     images = opened.processor(images=make_images(1), return_tensors="pt")
     with pytest.warns(UserWarning, match="model-agnostic default `max_length`"):
@@ -178,8 +178,64 @@ def test_defaults_that_a_bundle_cannot_hold_are_pointed_out(random_checkpoint: P
     model.language_model.generation_config.update(num_beams=4, repetition_penalty=1.5, max_new_tokens=30)
     section = generation_section(model, opened)
     assert (section.repetition_penalty, section.max_new_tokens) == (1.5, 30)
-    (note,) = generation_notes(model)
+    (note,) = generation_notes(model, opened)
     assert note.startswith("the language model's defaults ask for num_beams = 4, which the bundle does not carry")
+
+
+def test_a_tokenizer_that_has_other_special_tokens_is_pointed_out(checkpoint: Path) -> None:
+    """As that of the public InstructBLIP with Vicuna; what the processor gives counts."""
+    assert tokenizer_notes(open_checkpoint(str(checkpoint))) == []
+    edit("tokenizer_config.json", lambda config: config.update(bos_token="<s>"))(checkpoint)
+    (note,) = tokenizer_notes(open_checkpoint(str(checkpoint)))
+    assert note.startswith("the tokenizer's bos_token has id 0, and the language model's bos_token_id is 2; each is")
+
+
+def test_an_old_configuration_writes_minus_one_for_no_token(tmp_path: Path) -> None:
+    folder = save_blip2(tmp_path / "checkpoint", "llama", text={"pad_token_id": -1})
+    opened = open_checkpoint(str(folder))
+    assert generation_section(load_model(opened), opened).pad_token_id is None
+    put(text_config__pad_token_id=340)(folder)
+    with pytest.raises(CheckpointError, match="pad_token_id = 340 of .* is outside the language model's vocabulary of 3"):
+        open_checkpoint(str(folder))
+
+
+def test_t5_without_a_begin_token_captions_from_the_tokens_of_an_empty_text(tmp_path: Path) -> None:
+    """Flan-T5 in BLIP-2 has a ``bos_token_id``; T5 by itself has none, and ``generate`` fails without a prompt."""
+    with_one = open_checkpoint(str(save_blip2(tmp_path / "with", "t5", text={"bos_token_id": 9})))
+    without = open_checkpoint(str(save_blip2(tmp_path / "without", "t5", text={"bos_token_id": None})))
+    assert (empty_prompt_ids(with_one), empty_prompt_ids(without)) == ((9,), (1,))
+    models = [load_model(opened) for opened in (with_one, without)]
+    assert generation_notes(models[0], with_one) == []
+    (note,) = generation_notes(models[1], without)
+    assert note.endswith("here, a caption begins with the tokens of an empty text, [1]")
+    images = without.processor(images=make_images(1), return_tensors="pt")
+    with pytest.raises((AttributeError, RuntimeError, TypeError, ValueError)):
+        models[1].generate(**images)  # what is claimed of generate is so
+    caption = compute_reference(models[1], without, sizes(without)).texts[0]
+    assert (caption.prompt, caption.prompt_ids) == ("", (1,))
+    assert compute_reference(models[0], with_one, sizes(with_one)).texts[0].prompt_ids == (9,)
+
+
+def test_prompts_of_t5_need_no_room_for_the_answer(tmp_path: Path) -> None:
+    opened = open_checkpoint(str(save_blip2(tmp_path / "checkpoint", "t5")))
+    model = load_model(opened)
+    short = opened.decoder_section(max_sequences=1, max_tokens=13)
+    lengths = [len(text.prompt_ids) + 6 for text in compute_reference(model, opened, short).texts]
+    assert max(lengths) <= 13
+    assert len(set(lengths)) > 1
+    tokens = [len(text.token_ids) for text in compute_reference(model, opened, short).texts]
+    assert max(tokens) == 13  # the answer has 13 tokens, however long the prompt
+
+
+def test_defaults_that_a_bundle_cannot_hold_are_left_out_of_the_comparison(tmp_path: Path) -> None:
+    folder = save_blip2(tmp_path / "checkpoint", "t5", text={"forced_bos_token_id": 50})
+    plain, forced = (open_checkpoint(str(f)) for f in (save_blip2(tmp_path / "plain", "t5"), folder))
+    model = load_model(forced)
+    if model.language_model.generation_config.forced_bos_token_id is not None:
+        (note,) = generation_notes(model, forced)
+        assert "forced_bos_token_id = 50" in note
+    texts = [compute_reference(load_model(opened), opened, sizes(opened)).texts for opened in (plain, forced)]
+    assert [text.token_ids for text in texts[0]] == [text.token_ids for text in texts[1]]
 
 
 def sizes(checkpoint: Checkpoint) -> DecoderSection:

@@ -12,6 +12,7 @@ from blipstream.errors import CheckpointError, UnsupportedCheckpointError
 from tests.export.damage import (
     Fault,
     append,
+    both,
     cut,
     edit,
     other_tokenizer,
@@ -30,7 +31,7 @@ FAULTS: dict[str, tuple[Fault, type[CheckpointError], str]] = {
         put(model_type="llava", architectures=["LlavaForConditionalGeneration"]),
         UnsupportedCheckpointError,
         r"a kind that Blipstream does not serve \(model_type 'llava', architecture LlavaForConditionalGeneration.*"
-        r"it serves Blip2ForConditionalGeneration with a language model of type 'opt'",
+        r"it serves Blip2ForConditionalGeneration, .* with a language model of type 'opt', 'llama', 't5'",
     ),
     "another architecture": (
         put(architectures=["Blip2ForImageTextRetrieval"]),
@@ -38,11 +39,15 @@ FAULTS: dict[str, tuple[Fault, type[CheckpointError], str]] = {
         "architecture Blip2ForImageTextRetrieval",
     ),
     "another language model": (
-        put(text_config__model_type="t5"),
+        put(text_config__model_type="gpt2"),
         UnsupportedCheckpointError,
-        "language model 't5'",
+        "language model 'gpt2'",
     ),
-    "no begin token": (put(text_config__bos_token_id=None), UnsupportedCheckpointError, "has no bos_token_id"),
+    "nothing to begin with": (
+        both(put(text_config__bos_token_id=None), edit("tokenizer.json", lambda file: file.update(post_processor=None))),
+        UnsupportedCheckpointError,
+        "has no bos_token_id and its tokenizer makes nothing of an empty text: a caption without a prompt has nothing",
+    ),
     "embeddings wider than the hidden state": (
         put(text_config__word_embed_proj_dim=60),
         UnsupportedCheckpointError,
@@ -169,11 +174,6 @@ FAULTS: dict[str, tuple[Fault, type[CheckpointError], str]] = {
         other_tokenizer(vocab_size=330),
         CheckpointError,
         r"is not that of its language model: token '<image>' has id 329, and the language model's vocab_size is 320",
-    ),
-    "a tokenizer of other ids": (
-        edit("tokenizer_config.json", lambda config: config.update(bos_token="<s>")),
-        CheckpointError,
-        "its bos_token has id 0, and the language model's bos_token_id is 2",
     ),
     "a tokenizer with another placeholder": (
         put(image_token_index=317),

@@ -13,7 +13,7 @@ from blipstream_export.build import build
 from PIL import Image
 
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import PROMPTS, make_images, save_blip2_opt
+from tests.checkpoints import PROMPTS, make_images, save_blip2
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
 
 pytestmark = [
@@ -83,33 +83,65 @@ def test_served_accuracy_is_the_model_cards(demo_server: TritonServer) -> None:
 
 # --- random checkpoints of odd sizes ---------------------------------------------------------------------------------
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "three heads of 20, untied": {
+VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("opt", "three heads of 20, untied"): {
         "hidden_size": 60,
         "num_attention_heads": 3,
         "num_hidden_layers": 3,
         "tie_word_embeddings": False,
     },
-    "embeddings narrower than the layers, norms after": {
+    ("opt", "embeddings narrower than the layers, norms after"): {
         "hidden_size": 48,
         "word_embed_proj_dim": 20,
         "num_attention_heads": 4,
         "num_hidden_layers": 1,
         "do_layer_norm_before": False,
     },
-    "larger vocabulary, no biases": {
+    ("opt", "larger vocabulary, no biases"): {
         "vocab_size": 371,
         "hidden_size": 40,
         "num_attention_heads": 5,
         "enable_bias": False,
         "num_hidden_layers": 4,
     },
+    ("llama", "heads of 12 in two groups, no biases"): {"num_key_value_heads": 2, "num_hidden_layers": 3},
+    ("llama", "one key head, biases, scaled positions"): {
+        "head_dim": 20,
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+    },
+    ("llama", "tied, llama3 positions"): {
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 24,
+        },
+    },
+    ("t5", "gated, untied, a shallower decoder"): {"num_layers": 3, "num_decoder_layers": 2},
+    ("t5", "ungated, tied, few buckets"): {
+        "feed_forward_proj": "relu",
+        "tie_word_embeddings": True,
+        "relative_attention_num_buckets": 6,
+        "relative_attention_max_distance": 9,
+    },
+    ("t5", "as Flan-T5 in BLIP-2: gelu, another begin token, heads of 5"): {
+        "dense_act_fn": "gelu",
+        "bos_token_id": 30,
+        "d_kv": 5,
+        "num_heads": 5,
+    },
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_random_variants_equal_the_checkpoint(name: str, tmp_path: Path) -> None:
-    checkpoint = save_blip2_opt(tmp_path / "checkpoint", seed=len(name), opt=VARIANTS[name])
+@pytest.mark.parametrize(("language", "name"), VARIANTS)
+def test_random_variants_equal_the_checkpoint(language: str, name: str, tmp_path: Path) -> None:
+    checkpoint = save_blip2(tmp_path / "checkpoint", language, seed=len(name), text=VARIANTS[language, name])
     build(str(checkpoint), tmp_path / "bundle")
     asks = [Ask(image, PROMPTS[i % len(PROMPTS)]) for i, image in enumerate(make_images(32, seed=1))]
     with TritonServer(tmp_path / "bundle") as server:

@@ -10,7 +10,6 @@ from blipstream_export.build import BuildOptions, build
 
 from blipstream.contract import (
     BLIP2,
-    DECODER_FILE,
     GRAPH_FILE,
     MODEL_VERSION,
     PIXEL_VALUES,
@@ -23,18 +22,27 @@ from blipstream.contract import (
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, SamplingParams
 from blipstream.decoding.text import Tokenizer
-from blipstream.engines import CachedDecoder, create_engine
-from tests.checkpoints import PROMPTS, make_images, save_blip2_opt
+from blipstream.engines import create_engine, load_decoder
+from tests.checkpoints import PROMPTS, make_images, save_blip2
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.slow
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "projected": {"word_embed_proj_dim": 30, "num_hidden_layers": 3, "do_layer_norm_before": False},
-    "odd": {"hidden_size": 35, "num_attention_heads": 5, "num_hidden_layers": 1, "word_embed_proj_dim": 35},
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("opt", {}),
+    "projected": (
+        "opt",
+        {"word_embed_proj_dim": 30, "num_hidden_layers": 3, "do_layer_norm_before": False},
+    ),
+    "odd": (
+        "opt",
+        {"hidden_size": 35, "num_attention_heads": 5, "num_hidden_layers": 1, "word_embed_proj_dim": 35},
+    ),
+    "llama": ("llama", {"num_key_value_heads": 2, "attention_bias": True}),
+    "t5": ("t5", {"num_layers": 3, "num_decoder_layers": 2}),
+    "tied t5": ("t5", {"tie_word_embeddings": True, "feed_forward_proj": "relu", "bos_token_id": 40}),
 }
 
 SEEDS = {"projected": 7}
@@ -44,16 +52,17 @@ SEEDS = {"projected": 7}
 class Served:
     """A checkpoint in transformers, and its bundle's decoder behind a loop."""
 
-    def __init__(self, folder: Path, opt: dict[str, Any], seed: int) -> None:
-        checkpoint = save_blip2_opt(folder / "checkpoint", opt=opt, seed=seed)
+    def __init__(self, folder: Path, language: str, text: dict[str, Any], seed: int) -> None:
+        checkpoint = save_blip2(folder / "checkpoint", language, text=text, seed=seed)
         bundle = build(str(checkpoint), folder / "bundle", BuildOptions(max_sequences=3, max_tokens=64)).bundle
         self.model = transformers.Blip2ForConditionalGeneration.from_pretrained(checkpoint).eval()
         self.processor = transformers.Blip2Processor.from_pretrained(checkpoint)
         self.manifest = Manifest.load(bundle)
         version = bundle / BLIP2 / MODEL_VERSION
         self.tokenizer = Tokenizer.load(version / TOKENIZER_FILE)
-        engine = create_engine(self.manifest.engine, version / DECODER_FILE, threads=1)
-        self.decoder = CachedDecoder(engine, self.manifest.decoder)
+        self.decoder = load_decoder(
+            self.manifest.decoder, lambda file: create_engine(self.manifest.engine, version / file, threads=1)
+        )
         self.pixels = self.processor.image_processor(make_images(4), return_tensors="pt")["pixel_values"]
         features = {PIXEL_VALUES.name: self.pixels.numpy()}
         for model in (VISION_ENCODER, QFORMER):
@@ -65,9 +74,10 @@ class Served:
         """New tokens of ``generate``; an empty prompt is left to its own default."""
         text = {"input_ids": self.input_ids(prompt)} if prompt else {}
         with torch.no_grad():
-            tokens = self.model.generate(self.pixels[image : image + 1], **text, **options)[0]
-        prompt_length = self.manifest.qformer.num_query_tokens + len(self.prompt_ids(prompt))
-        return tokens[prompt_length:].tolist()
+            output = self.model.generate(
+                self.pixels[image : image + 1], **text, **options, output_logits=True, return_dict_in_generate=True
+            )
+        return output.sequences[0, -len(output.logits) :].tolist()
 
     def input_ids(self, prompt: str) -> Any:
         image_token_id = self.manifest.generation.image_token_id
@@ -101,7 +111,7 @@ class Served:
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return Served(tmp_path_factory.mktemp(request.param), VARIANTS[request.param], SEEDS.get(request.param, 3))
+    return Served(tmp_path_factory.mktemp("served"), *VARIANTS[request.param], SEEDS.get(request.param, 3))
 
 
 @pytest.mark.parametrize(
