@@ -77,7 +77,11 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Fault:
 
 
 def both(first: Fault, second: Fault) -> Fault:
-    return lambda folder: [first(folder), second(folder)] and None
+    def fault(folder: Path) -> None:
+        first(folder)
+        second(folder)
+
+    return fault
 
 
 def shards(then: Fault) -> Fault:

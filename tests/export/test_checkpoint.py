@@ -195,7 +195,7 @@ def test_an_old_configuration_writes_minus_one_for_no_token(tmp_path: Path) -> N
     opened = open_checkpoint(str(folder))
     assert generation_section(load_model(opened), opened).pad_token_id is None
     put(text_config__pad_token_id=340)(folder)
-    with pytest.raises(CheckpointError, match="pad_token_id = 340 of .* is outside the language model's vocabulary of 3"):
+    with pytest.raises(CheckpointError, match=r"pad_token_id = 340 of .* is outside the language model's vocab"):
         open_checkpoint(str(folder))
 
 
@@ -209,7 +209,7 @@ def test_t5_without_a_begin_token_captions_from_the_tokens_of_an_empty_text(tmp_
     (note,) = generation_notes(models[1], without)
     assert note.endswith("here, a caption begins with the tokens of an empty text, [1]")
     images = without.processor(images=make_images(1), return_tensors="pt")
-    with pytest.raises((AttributeError, RuntimeError, TypeError, ValueError)):
+    with pytest.raises(TypeError, match="NoneType"):
         models[1].generate(**images)  # what is claimed of generate is so
     caption = compute_reference(models[1], without, sizes(without)).texts[0]
     assert (caption.prompt, caption.prompt_ids) == ("", (1,))
@@ -228,14 +228,13 @@ def test_prompts_of_t5_need_no_room_for_the_answer(tmp_path: Path) -> None:
 
 
 def test_defaults_that_a_bundle_cannot_hold_are_left_out_of_the_comparison(tmp_path: Path) -> None:
-    folder = save_blip2(tmp_path / "checkpoint", "t5", text={"forced_bos_token_id": 50})
-    plain, forced = (open_checkpoint(str(f)) for f in (save_blip2(tmp_path / "plain", "t5"), folder))
-    model = load_model(forced)
-    if model.language_model.generation_config.forced_bos_token_id is not None:
-        (note,) = generation_notes(model, forced)
-        assert "forced_bos_token_id = 50" in note
-    texts = [compute_reference(load_model(opened), opened, sizes(opened)).texts for opened in (plain, forced)]
-    assert [text.token_ids for text in texts[0]] == [text.token_ids for text in texts[1]]
+    opened = open_checkpoint(str(save_blip2(tmp_path / "checkpoint", "t5")))
+    model = load_model(opened)
+    plain = [text.token_ids for text in compute_reference(model, opened, sizes(opened)).texts]
+    model.language_model.generation_config.update(forced_bos_token_id=50, no_repeat_ngram_size=1)
+    (note,) = generation_notes(model, opened)
+    assert "ask for no_repeat_ngram_size = 1, forced_bos_token_id = 50, which the bundle does not carry" in note
+    assert [text.token_ids for text in compute_reference(model, opened, sizes(opened)).texts] == plain
 
 
 def sizes(checkpoint: Checkpoint) -> DecoderSection:

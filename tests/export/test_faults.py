@@ -44,7 +44,10 @@ FAULTS: dict[str, tuple[Fault, type[CheckpointError], str]] = {
         "language model 'gpt2'",
     ),
     "nothing to begin with": (
-        both(put(text_config__bos_token_id=None), edit("tokenizer.json", lambda file: file.update(post_processor=None))),
+        both(
+            put(text_config__bos_token_id=None),
+            edit("tokenizer.json", lambda contents: contents.update(post_processor=None)),
+        ),
         UnsupportedCheckpointError,
         "has no bos_token_id and its tokenizer makes nothing of an empty text: a caption without a prompt has nothing",
     ),
