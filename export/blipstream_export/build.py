@@ -58,7 +58,8 @@ class BuildOptions:
     max_sequences: int = 16
     """Sequences that decode at once."""
     max_tokens: int | None = None
-    """Tokens of one sequence (soft tokens, prompt and answer); by default 256, or what the model can read if less."""
+    """Tokens of one sequence: soft tokens, prompt and answer, or of prompt and answer each where an encoder reads the
+    prompt. By default 256, or what the model can read if less."""
     replace: bool = False
     """Replace an existing bundle."""
     thresholds: Thresholds = field(default_factory=Thresholds)

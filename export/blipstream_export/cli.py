@@ -37,7 +37,7 @@ def build(
         typer.Option(
             min=1,
             show_default="256, or what the model reads if less",
-            help="Tokens of one sequence: soft tokens, prompt and answer.",
+            help="Tokens of one sequence: soft tokens, prompt and answer; behind an encoder (T5), of each of the two.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,

@@ -57,8 +57,8 @@ def begin_token_id(checkpoint: Checkpoint) -> int | None:
     None where it fails without one: with a Q-Former that reads instructions, and with a language model whose
     configuration has no ``bos_token_id``, as most of T5.
     """
-    begin = getattr(checkpoint.config.text_config, "bos_token_id", None)
-    return int(begin) if is_token(begin) and not checkpoint.instructed else None
+    begin: int | None = getattr(checkpoint.config.text_config, "bos_token_id", None)
+    return begin if is_token(begin) and not checkpoint.instructed else None
 
 
 def generation_section(model: Any, checkpoint: Checkpoint) -> GenerationSection:

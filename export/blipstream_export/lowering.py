@@ -19,7 +19,7 @@ from blipstream_export import ops  # noqa: F401  (registers the operators)
 _DOMAIN = "com.microsoft"
 _LOWEST = float(torch.finfo(torch.float32).min)
 _Schema = onnx.defs.OpSchema
-_op = onnxscript.opset21
+_op: Any = onnxscript.opset21
 
 LoweringTable = dict[Any, Callable[..., Any]]
 

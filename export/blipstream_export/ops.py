@@ -89,7 +89,9 @@ def cached_attention(
     batch, length, _ = qkv.shape
     head_dim = past_key.shape[-1]
     sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
-    query, new_key, new_value = (x.unflatten(-1, (-1, head_dim)) for x in torch.split(qkv, sizes, dim=-1))
+    query, new_key, new_value = (
+        part.reshape(batch, length, -1, head_dim) for part in torch.split(qkv, sizes, dim=-1)
+    )  # (B, S, heads, D)
     ends = seqlens_k.long() + 1  # (B,)
     starts = torch.zeros_like(ends) if length == int(total_sequence_length) else ends - length
     positions = starts[:, None] + torch.arange(length)  # (B, S)

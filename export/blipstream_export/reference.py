@@ -182,4 +182,4 @@ def _generate(
 def _caches(checkpoint: Checkpoint) -> bool:
     """Whether ``generate`` can keep a cache: transformers 5 makes T5's as deep as the encoder."""
     text = checkpoint.config.text_config
-    return getattr(text, "num_decoder_layers", 0) <= text.num_hidden_layers
+    return bool(getattr(text, "num_decoder_layers", 0) <= text.num_hidden_layers)

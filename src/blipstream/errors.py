@@ -5,7 +5,7 @@
     BlipstreamError
     ├── InvalidRequestError        the client's request is wrong; nothing was run
     │   ├── InvalidImageError      the image cannot be decoded, or is over a limit
-    │   └── PromptTooLongError     soft tokens + prompt leave no room for a new token
+    │   └── PromptTooLongError     soft tokens + prompt are too many, or leave no room
     ├── RequestTimeoutError        the request waited longer than its timeout
     ├── ServerBusyError            the waiting queue is full
     ├── BundleError                a bundle is missing, incomplete or of another revision
@@ -38,7 +38,7 @@ class InvalidImageError(InvalidRequestError):
 
 
 class PromptTooLongError(InvalidRequestError):
-    """Soft tokens and prompt leave no room in the KV cache for a generated token."""
+    """Soft tokens and prompt are more than the model reads, or leave no room for a generated token."""
 
 
 class RequestTimeoutError(BlipstreamError, TimeoutError):

@@ -347,7 +347,6 @@ def test_t5_starts_with_the_begin_token_where_it_has_no_start_token() -> None:
             },
             "has rotary positions of type 'longrope', and only those are served",
         ),
-        ("llama", {"head_dim": 9}, "the language model of x has heads of 9 values, and rotary positions want an even"),
         (
             "llama",
             {"num_key_value_heads": 3},

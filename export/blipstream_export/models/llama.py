@@ -34,11 +34,6 @@ def check_config(config: Any, source: str) -> None:
             f"the language model of {source} has rotary positions of type {rope_type!r}, and only those are served "
             f"whose angles do not depend on the length of the sequence: {', '.join(_FIXED_ROPE_TYPES)}"
         )
-    if config.head_dim % 2:
-        raise UnsupportedCheckpointError(
-            f"the language model of {source} has heads of {config.head_dim} values, and rotary positions want an even "
-            "number"
-        )
     if config.num_attention_heads % config.num_key_value_heads:
         raise UnsupportedCheckpointError(
             f"the language model of {source} has {config.num_attention_heads} attention heads, which cannot share "
