@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from blipstream_export.build import STAGES, BuildResult
+from blipstream_export.build import STAGES, BuildOptions, BuildResult, build
 from blipstream_export.cli import show
 from typer.testing import CliRunner
 
 from blipstream.cli import app
 from blipstream.contract import BUNDLE_REVISION, MANIFEST_FILE, MODEL_NAMES, PARITY_FILE, Manifest
+from tests.checkpoints import save_blip2
 
 COMMAND = [sys.executable, "-c", "from blipstream.cli import app; app()", "build"]
 GRAPHS = {"vision_encoder/1/model.onnx", "qformer/1/model.onnx", "blip2/1/decoder.onnx"}
@@ -61,6 +62,7 @@ def test_manifest(random_bundle: BuildResult, random_checkpoint: Path) -> None:
         "vocab_size": 320,
         "max_sequences": 5,
         "max_tokens": 160,  # what the model reads is less than the default
+        "encoder": None,
     }
     assert manifest.image.model_dump() == {
         "size": 28,
@@ -74,6 +76,23 @@ def test_manifest(random_bundle: BuildResult, random_checkpoint: Path) -> None:
     for name, entry in manifest.files.items():
         assert entry.bytes == len(contents[name])
         assert entry.sha256 == hashlib.sha256(contents[name]).hexdigest()
+
+
+def test_a_bundle_whose_language_model_has_an_encoder(tmp_path: Path) -> None:
+    checkpoint = save_blip2(tmp_path / "checkpoint", "t5", text={"bos_token_id": None})
+    result = build(str(checkpoint), tmp_path / "bundle", BuildOptions(max_sequences=2))
+    manifest, files = Manifest.load(result.bundle), read_all(result.bundle)
+    assert manifest.kind == "blip2-t5"
+    graphs = [name for name in files if name.startswith("blip2/1/") and name.endswith(".onnx")]
+    assert sorted(graphs) == ["blip2/1/decoder.onnx", "blip2/1/encoder.onnx"]
+    assert set(graphs) <= manifest.files.keys()
+    assert [stage.bytes for stage in result.stages if stage.name == "decoder"] == [sum(len(files[g]) for g in graphs)]
+    assert manifest.decoder.encoder is not None
+    assert (manifest.decoder.encoder.max_tokens, manifest.decoder.max_tokens) == (256, 257)  # of a prompt, of a row
+    assert manifest.generation.empty_prompt_ids == (1,)
+    (note,) = result.notes
+    assert note.startswith("the language model has no bos_token_id, without which generate cannot caption")
+    assert result.parity.faults == []
 
 
 def test_parity_report(random_bundle: BuildResult) -> None:
