@@ -24,7 +24,8 @@ PLACEHOLDER = "<image>"
 """The token that stands for one soft token in a prompt's ids."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
-_QFORMER_TOKENIZER_FILES = ("qformer_tokenizer/tokenizer.json", "qformer_tokenizer/vocab.txt")
+_QFORMER_TOKENIZER = "qformer_tokenizer"
+_QFORMER_TOKENIZER_FILES = (f"{_QFORMER_TOKENIZER}/tokenizer.json", f"{_QFORMER_TOKENIZER}/vocab.txt")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -156,7 +157,12 @@ def _load_processor(folder: Path, family: Family) -> Any:
         if not any((folder / name).is_file() for name in files):  # transformers would make one up
             raise CheckpointError(f"the checkpoint {folder} holds no {what}: expected one of {', '.join(files)}")
     with _faults_of(f"the tokenizer and image processor of {folder}"):
-        return getattr(transformers, family.image_side.processor).from_pretrained(folder, local_files_only=True)
+        processor = getattr(transformers, family.image_side.processor).from_pretrained(folder, local_files_only=True)
+    if family.image_side.instructed:  # transformers takes the language model's where this one cannot be read
+        own = folder / _QFORMER_TOKENIZER
+        with _faults_of(f"the tokenizer of the Q-Former in {own}"):
+            processor.qformer_tokenizer = transformers.AutoTokenizer.from_pretrained(own, local_files_only=True)
+    return processor
 
 
 def _frame(processor: Any, config: Any, folder: Path) -> None:

@@ -64,7 +64,10 @@ def test_mixed_requests_equal_the_checkpoint(server: TritonServer, checkpoint: P
     answers = ask_concurrently(server.grpc_url, asks, max_tokens=24)
     reference = Reference(checkpoint)
     assert_equal(reference, asks, answers, max_new_tokens=24)
-    texts = {(id(ask.image), ask.prompt): "".join(chunk.text for chunk in answer) for ask, answer in zip(asks, answers)}
+    texts = {
+        (id(ask.image), ask.prompt): "".join(chunk.text for chunk in answer)
+        for ask, answer in zip(asks, answers, strict=True)
+    }
     assert len(set(texts.values())) == len(texts), "the answers hardly depend on image and instruction"
     assert gained(server, before) == {"preprocess": 6, "vision_encoder": 6, "qformer": len(texts)}
 
@@ -122,7 +125,7 @@ def test_pixels_are_read_with_instructions_too(server: TritonServer, checkpoint:
 def test_an_instruction_that_the_qformer_cannot_hold(server: TritonServer, image: bytes) -> None:
     before = counts(server)
     long = "dog " * (QFORMER_POSITIONS - 1)  # with what frames a text, one too many
-    status, message = refusal(lambda: ask(server.grpc_url, image=image, text_input=long, max_tokens=2))
+    _, message = refusal(lambda: ask(server.grpc_url, image=image, text_input=long, max_tokens=2))
     assert "INVALID_ARGUMENT: the prompt has 41 tokens for the Q-Former, which reads an instruction of at most 40" in (
         message
     )
