@@ -104,7 +104,7 @@ def _optional(name: str, dtype: DType, shape: tuple[int | str, ...] = (1,)) -> T
 
 
 BLIP2_INPUTS = (
-    _optional("image", "BYTES"),
+    _optional("image", "BYTES", (-1,)),
     _optional("image_input", "FP16", (3, -1, -1)),
     _optional("text_input", "BYTES"),
     _optional("max_tokens", "INT32"),
@@ -124,7 +124,8 @@ BLIP2_INPUTS = (
     _optional("stream", "BOOL"),
     _optional("return_log_probs", "BOOL"),
 )
-"""Inputs of ``blip2``: names, types and shapes of NVIDIA's own ensembles, plus ``image``."""
+"""Inputs of ``blip2``: names, types and shapes of NVIDIA's own ensembles, plus ``image``: one file, or as many as the
+model reads frames of a video."""
 
 BLIP2_OUTPUTS = (
     TensorSpec("text_output", "BYTES", (-1,)),
@@ -260,6 +261,8 @@ class VisionSection(_Section):
     num_image_tokens: int
     hidden_size: int
     num_layers: int
+    num_frames: int = 1
+    """Images of one request, each read by itself: the frames of a video in their order, or a single picture."""
 
 
 class InstructionSection(_Section):

@@ -41,7 +41,8 @@ class ImageSource:
 class ParsedRequest:
     """A request that is valid as far as its inputs tell."""
 
-    image: ImageSource
+    images: tuple[ImageSource, ...]
+    """A picture, or the frames of a video in their order."""
     text: str
     instruction: tuple[int, ...] | None
     """The text's ids for the Q-Former; None where it reads no instruction."""
@@ -63,6 +64,7 @@ class RequestParser:
     ) -> None:
         self._instructions = instructions
         self._image_size = manifest.image.size
+        self._num_frames = manifest.vision.num_frames
         self._generation = manifest.generation
         self._limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
         self._max_text_bytes = config.max_text_bytes
@@ -79,25 +81,36 @@ class RequestParser:
             raise InvalidRequestError(f"there is no input called {unknown[0]!r}")
         text = self._text("text_input", _scalar(inputs, "text_input"))
         return ParsedRequest(
-            image=self._image(inputs),
+            images=self._images(inputs),
             text=text,
             instruction=None if self._instructions is None else self._instructions.encode(text),
             params=self._params(inputs),
             stream=bool(_scalar(inputs, "stream") or False),
         )
 
-    def _image(self, inputs: Mapping[str, Array]) -> ImageSource:
-        file, pixels = _scalar(inputs, "image"), inputs.get("image_input")
-        if file is not None and pixels is not None:
+    def _images(self, inputs: Mapping[str, Array]) -> tuple[ImageSource, ...]:
+        files, pixels = inputs.get("image"), inputs.get("image_input")
+        if files is not None and pixels is not None:
             raise InvalidRequestError("both image and image_input were given, and exactly one of them was expected")
-        if file is not None:
-            file = resolve_image(_as_bytes(file), self._limits)
-            return ImageSource(hashlib.sha256(b"file\0" + file).digest(), file=file)
+        if files is not None:
+            return self._files(files)
         if pixels is None:
             raise InvalidRequestError("neither image nor image_input was given, and exactly one of them was expected")
-        return self._pixels(pixels)
+        return (self._pixels(pixels),)
+
+    def _files(self, files: Array) -> tuple[ImageSource, ...]:
+        if files.size != self._num_frames:
+            expected = "one file" if self._num_frames == 1 else f"{self._num_frames} files, one for each frame"
+            raise InvalidRequestError(f"image must hold {expected}, but it holds {files.size}")
+        resolved = [resolve_image(_as_bytes(file), self._limits) for file in files.flat]
+        return tuple(ImageSource(hashlib.sha256(b"file\0" + file).digest(), file=file) for file in resolved)
 
     def _pixels(self, pixels: Array) -> ImageSource:
+        if self._num_frames != 1:
+            raise InvalidRequestError(
+                f"image_input holds the pixels of one image, and this model reads {self._num_frames} frames: they were "
+                "expected in image, as one file each"
+            )
         expected = (1, 3, self._image_size, self._image_size)
         if pixels.shape != expected:
             raise InvalidRequestError(f"image_input must have the shape {expected}, but it has {pixels.shape}")

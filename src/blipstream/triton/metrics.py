@@ -24,8 +24,8 @@ OUTCOMES = ("eos", "length", "stop", "cancelled", "timeout", "busy", "invalid", 
 """How a request may end: a finish reason, or the kind of its error."""
 
 COUNTERS = {
-    "feature_cache_hits_total": "Requests whose soft tokens were kept, or already being computed",
-    "feature_cache_misses_total": "Requests whose soft tokens had to be computed",
+    "feature_cache_hits_total": "Images of requests whose soft tokens were kept, or already being computed",
+    "feature_cache_misses_total": "Images of requests whose soft tokens had to be computed",
     "feature_cache_embeds_hits_total": "Misses for which the Q-Former alone ran, since the ViT had read the image for "
     "another instruction or was reading it",
     "generated_tokens_total": "Tokens generated",

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
+import numpy as np
+
 from blipstream.config import ServerConfig
 from blipstream.decoding.loop import DecodeLoop
 from blipstream.decoding.request import Chunk, GenerationRequest, Prompt
@@ -198,8 +200,13 @@ class GenerationService:
             session.task = None
 
     async def _soft_tokens(self, parsed: ParsedRequest) -> Features:
-        """Soft tokens (Q, D) of a request's image, and of its text where the Q-Former reads it."""
-        images, image, instruction = self._images, parsed.image, parsed.instruction
+        """Soft tokens (F * Q, D) of a request's F images, one image's behind the other's."""
+        found = await asyncio.gather(*(self._read(image, parsed.instruction) for image in parsed.images))
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    async def _read(self, image: ImageSource, instruction: tuple[int, ...] | None) -> Features:
+        """Soft tokens (Q, D) of an image, and of an instruction where the Q-Former reads it."""
+        images = self._images
         if instruction is None:
             return await self._features.get(
                 image.key, lambda: self._on(self._workers, lambda: images.soft_tokens(image))

@@ -28,7 +28,7 @@ from tests.unit.decoding.fakes import EOS, VOCAB_SIZE
 IMAGE_SIZE = 8
 
 
-def make_manifest(*, instructed: bool = False, **decoder: int) -> Manifest:
+def make_manifest(*, instructed: bool = False, num_frames: int = 1, **decoder: int) -> Manifest:
     """A manifest for the byte tokenizer and the fake decoder; ``instructed``, with a Q-Former that reads texts."""
     sizes = {"max_sequences": 4, "max_tokens": 64, **decoder}
     return Manifest(
@@ -40,7 +40,7 @@ def make_manifest(*, instructed: bool = False, **decoder: int) -> Manifest:
         image=ImageSection(
             size=IMAGE_SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resample="bicubic", rescale_factor=1 / 255
         ),
-        vision=VisionSection(num_image_tokens=5, hidden_size=6, num_layers=1),
+        vision=VisionSection(num_image_tokens=5, hidden_size=6, num_layers=1, num_frames=num_frames),
         qformer=QFormerSection(
             num_query_tokens=2,
             hidden_size=6,
@@ -75,7 +75,7 @@ def tensors(**inputs: Any) -> dict[str, np.ndarray]:
     for name, value in inputs.items():
         if name == "image_input":
             result[name] = value
-        elif name in ("stop_words", "bad_words"):
+        elif isinstance(value, list):
             result[name] = np.array([list(value)], np.object_)
         elif name in floats:
             result[name] = np.array([[value]], np.float32)

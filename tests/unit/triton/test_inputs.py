@@ -28,7 +28,7 @@ def pixels(value: float = 0.5, size: int = IMAGE_SIZE) -> np.ndarray:
 
 def test_an_image_alone_is_enough() -> None:
     request = parse(image=FILE)
-    assert request.image.file == FILE
+    assert [image.file for image in request.images] == [FILE]
     assert request.text == ""
     assert not request.stream
     assert request.params.max_tokens == 20
@@ -122,6 +122,21 @@ def test_an_input_of_two_elements_is_refused() -> None:
         RequestParser(make_manifest(), ServerConfig()).parse(inputs)
 
 
+def test_frames_arrive_in_their_order() -> None:
+    files = [b"\x89PNG %d" % index for index in range(4)]
+    parser = RequestParser(make_manifest(num_frames=4), ServerConfig())
+    given = np.array([files], np.object_)
+    assert [image.file for image in parser.parse({"image": given}).images] == files
+    with pytest.raises(InvalidRequestError, match="image must hold 4 files, one for each frame, but it holds 3"):
+        parser.parse({"image": given[:, :3]})
+    with pytest.raises(InvalidRequestError, match="image must hold one file, but it holds 4"):
+        RequestParser(make_manifest(), ServerConfig()).parse({"image": given})
+    with pytest.raises(
+        InvalidRequestError, match="image_input holds the pixels of one image, and this model rea"
+    ):
+        parser.parse(tensors(image_input=pixels()))
+
+
 def test_min_length_is_min_tokens() -> None:
     assert parse(image=FILE, min_length=3).params.min_tokens == 3
     assert parse(image=FILE, min_length=3, min_tokens=3).params.min_tokens == 3
@@ -137,16 +152,16 @@ def test_the_byte_limit_of_images_is_the_configured_one() -> None:
 
 
 def test_keys_follow_contents_and_not_how_they_were_sent() -> None:
-    plain = parse(image=FILE).image.key
-    assert parse(image=base64.b64encode(FILE)).image.key == plain
-    assert parse(image=b"data:image/png;base64," + base64.b64encode(FILE)).image.key == plain
-    assert parse(image=FILE + b"!").image.key != plain
+    plain = parse(image=FILE).images[0].key
+    assert parse(image=base64.b64encode(FILE)).images[0].key == plain
+    assert parse(image=b"data:image/png;base64," + base64.b64encode(FILE)).images[0].key == plain
+    assert parse(image=FILE + b"!").images[0].key != plain
 
 
 def test_pixels_and_files_never_share_a_key() -> None:
-    parsed = parse(image_input=pixels()).image
+    parsed = parse(image_input=pixels()).images[0]
     assert parsed.pixels is not None
     assert parsed.pixels.dtype == np.float32
     assert parsed.pixels.shape == (3, IMAGE_SIZE, IMAGE_SIZE)
-    assert parse(image=pixels().tobytes()).image.key != parsed.key
-    assert parse(image_input=pixels(0.25)).image.key != parsed.key
+    assert parse(image=pixels().tobytes()).images[0].key != parsed.key
+    assert parse(image_input=pixels(0.25)).images[0].key != parsed.key

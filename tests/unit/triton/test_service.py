@@ -74,12 +74,20 @@ class Bench:
     """A running service with its decoder and image models."""
 
     def __init__(
-        self, *, max_sequences: int = 2, max_tokens: int = 64, instructed: bool = False, **config: Any
+        self,
+        *,
+        max_sequences: int = 2,
+        max_tokens: int = 64,
+        instructed: bool = False,
+        num_frames: int = 1,
+        **config: Any,
     ) -> None:
         self.decoder = SlowDecoder(max_sequences=max_sequences, max_tokens=max_tokens, eos_bias=NO_EOS)
         self.images = Images()
         settings = ServerConfig(**{"request_timeout": 0.0, **config})
-        manifest = make_manifest(max_sequences=max_sequences, max_tokens=max_tokens, instructed=instructed)
+        manifest = make_manifest(
+            max_sequences=max_sequences, max_tokens=max_tokens, instructed=instructed, num_frames=num_frames
+        )
         section = manifest.qformer.instruction
         encoder = None if section is None else InstructionEncoder(byte_tokenizer(), section)
         self.service = GenerationService(
@@ -99,7 +107,7 @@ class Bench:
         )
         self.service.start()
 
-    def ask(self, image: bytes = b"\x00image", **inputs: Any) -> FakeCall:
+    def ask(self, image: bytes | list[bytes] = b"\x00image", **inputs: Any) -> FakeCall:
         call = FakeCall(image=image, **inputs)
         self.service.accept(call)
         return call
@@ -217,6 +225,24 @@ def test_an_instruction_that_the_qformer_cannot_hold_is_refused_before_anything_
     assert str(error) == "the prompt has 10 tokens for the Q-Former, which reads an instruction of at most 9"
     assert not instructed_bench.images.calls
     wait_until(lambda: instructed_bench.outcomes() == {"invalid": 1})
+
+
+def test_frames_are_kept_one_by_one_and_joined_in_their_order() -> None:
+    """Each frame has two soft tokens; the decoder sees those of all, and their order changes the text."""
+    bench = Bench(instructed=True, num_frames=3)
+    frames = [b"\x01\x02", b"\x03\x04", b"\x05\x06"]
+    first = bench.ask(image=frames, text_input=b"a", max_tokens=6).wait()
+    assert first.answers[0].num_input_tokens == 3 * 2 + 1
+    assert sorted(bench.images.calls) == frames
+    backwards = bench.ask(image=frames[::-1], text_input=b"a", max_tokens=6).wait()
+    assert backwards.token_ids != first.token_ids
+    assert (len(bench.images.calls), bench.images.rereads) == (3, [])
+    still = bench.ask(image=[frames[0]] * 3, text_input=b"b", max_tokens=6).wait()
+    assert still.token_ids not in (first.token_ids, backwards.token_ids)
+    assert (len(bench.images.calls), bench.images.rereads) == (3, [(98,)])
+    gauges = bench.service.gauges()
+    assert (gauges["feature_cache_hits_total"], gauges["feature_cache_misses_total"]) == (3 + 2, 3 + 1)
+    bench.service.close()
 
 
 @pytest.mark.parametrize(
