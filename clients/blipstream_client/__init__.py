@@ -14,7 +14,7 @@ from blipstream_client.aio import AsyncClient, AsyncTextStream
 from blipstream_client.answers import FinishReason, Generation, TextChunk
 from blipstream_client.chat import Conversation, Turn
 from blipstream_client.client import Client, TextStream
-from blipstream_client.images import ImageSource
+from blipstream_client.images import Images, ImageSource
 from blipstream_client.options import QUESTION_TEMPLATE, DecodingOptions, question_prompt
 from blipstream_client.transport import DEFAULT_URL
 
@@ -29,6 +29,7 @@ __all__ = [
     "FinishReason",
     "Generation",
     "ImageSource",
+    "Images",
     "TextChunk",
     "TextStream",
     "Turn",

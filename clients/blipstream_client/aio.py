@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2
 from blipstream.contract import BLIP2
 from blipstream_client import core, transport
 from blipstream_client.answers import Generation, TextChunk
-from blipstream_client.images import ImageSource, image_bytes
+from blipstream_client.images import Images, image_files
 from blipstream_client.options import QUESTION_TEMPLATE, DecodingOptions, check_names, question_prompt
 
 if TYPE_CHECKING:
@@ -119,27 +119,30 @@ class AsyncClient:
         """Whether :meth:`aclose` was called."""
 
     async def generate(
-        self, image: ImageSource, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+        self, image: Images, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
     ) -> Generation:
-        """Generate the text that follows an image and a prompt; an empty prompt asks for a caption."""
+        """Generate the text that follows an image and a prompt; an empty prompt asks for a caption.
+
+        A list of images are the frames of a video, for a model that reads several.
+        """
         async with self._stream(image, prompt, dict(options), timeout, stream=False) as chunks:
             return Generation.join([chunk async for chunk in chunks])
 
     def stream(
-        self, image: ImageSource, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+        self, image: Images, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
     ) -> AsyncTextStream:
         """Generate as :meth:`generate` does, and return the text piece by piece as it comes."""
         return self._stream(image, prompt, dict(options), timeout, stream=True)
 
     async def caption(
-        self, image: ImageSource, *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+        self, image: Images, *, timeout: float | None = None, **options: Unpack[DecodingOptions]
     ) -> Generation:
         """Describe an image."""
         return await self.generate(image, timeout=timeout, **options)
 
     async def ask(
         self,
-        image: ImageSource,
+        image: Images,
         question: str,
         *,
         template: str = QUESTION_TEMPLATE,
@@ -164,15 +167,15 @@ class AsyncClient:
         await self.aclose()
 
     def _stream(
-        self, image: ImageSource, prompt: str, options: dict[str, object], timeout: float | None, *, stream: bool
+        self, image: Images, prompt: str, options: dict[str, object], timeout: float | None, *, stream: bool
     ) -> AsyncTextStream:
         check_names(options)
         timeout = self._timeout if timeout is None else core.check_timeout(timeout)
 
         async def start() -> Any:
             # reading a file, or compressing a Pillow image, would hold up the event loop
-            data = image if isinstance(image, bytes) and image else await asyncio.to_thread(image_bytes, image)
-            request = core.encode_request(self._model, data, prompt, options, stream=stream)
+            files = [image] if isinstance(image, bytes) and image else await asyncio.to_thread(image_files, image)
+            request = core.encode_request(self._model, files, prompt, options, stream=stream)
             return self._method()(request, timeout=timeout)
 
         return AsyncTextStream(self, start, timeout)

@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2
 from blipstream.contract import BLIP2
 from blipstream_client import core, transport
 from blipstream_client.answers import Generation, TextChunk
-from blipstream_client.images import ImageSource, image_bytes
+from blipstream_client.images import Images, image_files
 from blipstream_client.options import QUESTION_TEMPLATE, DecodingOptions, question_prompt
 
 if TYPE_CHECKING:
@@ -100,27 +100,28 @@ class Client:
         )
 
     def generate(
-        self, image: ImageSource, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+        self, image: Images, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
     ) -> Generation:
-        """Generate the text that follows an image and a prompt; an empty prompt asks for a caption."""
+        """Generate the text that follows an image and a prompt; an empty prompt asks for a caption.
+
+        A list of images are the frames of a video, for a model that reads several.
+        """
         with self._start(image, prompt, dict(options), timeout, stream=False) as chunks:
             return Generation.join(list(chunks))
 
     def stream(
-        self, image: ImageSource, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
+        self, image: Images, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
     ) -> TextStream:
         """Generate as :meth:`generate` does, and return the text piece by piece as it comes."""
         return self._start(image, prompt, dict(options), timeout, stream=True)
 
-    def caption(
-        self, image: ImageSource, *, timeout: float | None = None, **options: Unpack[DecodingOptions]
-    ) -> Generation:
+    def caption(self, image: Images, *, timeout: float | None = None, **options: Unpack[DecodingOptions]) -> Generation:
         """Describe an image."""
         return self.generate(image, timeout=timeout, **options)
 
     def ask(
         self,
-        image: ImageSource,
+        image: Images,
         question: str,
         *,
         template: str = QUESTION_TEMPLATE,
@@ -143,9 +144,9 @@ class Client:
         self.close()
 
     def _start(
-        self, image: ImageSource, prompt: str, options: dict[str, object], timeout: float | None, *, stream: bool
+        self, image: Images, prompt: str, options: dict[str, object], timeout: float | None, *, stream: bool
     ) -> TextStream:
-        request = core.encode_request(self._model, image_bytes(image), prompt, options, stream=stream)
+        request = core.encode_request(self._model, image_files(image), prompt, options, stream=stream)
         timeout = self._timeout if timeout is None else core.check_timeout(timeout)
         try:
             call = self._call(request, timeout=timeout)

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 import grpc
 from tritonclient.grpc import InferResult, service_pb2
 
-from blipstream.contract import BLIP2_INPUTS, ERROR_CODES, IMAGE, TensorSpec
+from blipstream.contract import BLIP2_INPUTS, ERROR_CODES, TensorSpec
 from blipstream.errors import (
     ClientError,
     DeadlineExceededError,
@@ -38,9 +38,9 @@ _CONTENTS = {
 
 
 def encode_request(
-    model: str, image: bytes, prompt: str, options: Mapping[str, object], *, stream: bool
+    model: str, images: Sequence[bytes], prompt: str, options: Mapping[str, object], *, stream: bool
 ) -> service_pb2.ModelInferRequest:
-    """Make the request for one text; scalars have shape (1, 1), lists of strings (1, n).
+    """Make the request for one text; scalars have shape (1, 1), images and lists of strings (1, n).
 
     Raises:
         TypeError: an option that does not exist.
@@ -48,7 +48,7 @@ def encode_request(
     """
     check_names(options)
     request = service_pb2.ModelInferRequest(model_name=model)
-    _add_tensor(request, IMAGE, [image])
+    _add_tensor(request, _INPUTS["image"], images)
     _add_tensor(request, _INPUTS["text_input"], _utf8("prompt", [prompt]))
     _add_tensor(request, _INPUTS["stream"], [stream])
     for option, value in options.items():

@@ -1,4 +1,4 @@
-"""An image as the caller has it, as the bytes of an encoded file."""
+"""Images as the caller has them, as the bytes of encoded files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,27 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image"
 """A path, the bytes of an encoded image (JPEG, PNG, WebP, ...), a file opened in binary mode, or a Pillow image."""
 
+Images: TypeAlias = "ImageSource | list[ImageSource] | tuple[ImageSource, ...]"
+"""One image, or the frames of a video in their order, for a model that reads several."""
+
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"})
 """Pillow's pixel modes that PNG keeps as they are."""
 
 _WITH_ALPHA = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
 """For each other mode with transparency, the one that it is sent in; what is left is sent as RGB."""
+
+
+def image_files(images: Images) -> list[bytes]:
+    """The bytes of each encoded image file (:func:`image_bytes`).
+
+    Raises:
+        InvalidImageError: as :func:`image_bytes`, or there is no image among them.
+        TypeError: as :func:`image_bytes`.
+    """
+    files = [image_bytes(image) for image in (images if isinstance(images, list | tuple) else [images])]
+    if not files:
+        raise InvalidImageError("no image was given: an image, or a list of frames, was expected")
+    return files
 
 
 def image_bytes(image: ImageSource) -> bytes:

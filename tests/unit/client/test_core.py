@@ -32,7 +32,7 @@ EXAMPLES: dict[str, tuple[Any, str, str, list[Any]]] = {
 
 
 def encode(**options: Any) -> dict[str, tuple[str, list[int], list[Any]]]:
-    request = encode_request("blip2", b"image", "prompt", options, stream=True)
+    request = encode_request("blip2", [b"image"], "prompt", options, stream=True)
     return {tensor.name: (tensor.datatype, list(tensor.shape), _values(tensor)) for tensor in request.inputs}
 
 
@@ -51,6 +51,12 @@ def test_an_option_becomes_its_tensor(option: str) -> None:
 def test_only_what_is_given_is_sent() -> None:
     assert set(encode()) == {"image", "text_input", "stream"}
     assert set(encode(seed=None, stop=[])) == {"image", "text_input", "stream"}
+
+
+def test_frames_are_one_tensor() -> None:
+    request = encode_request("blip2", [b"one", b"two", b"three"], "", {}, stream=False)
+    (tensor,) = (tensor for tensor in request.inputs if tensor.name == "image")
+    assert (list(tensor.shape), _values(tensor)) == ([1, 3], [b"one", b"two", b"three"])
 
 
 def test_one_stop_string_needs_no_list() -> None:
@@ -99,7 +105,7 @@ def test_an_unknown_option_is_refused_by_name(name: str, hint: str) -> None:
 @pytest.mark.parametrize("prompt", [3, None, b"bytes"])
 def test_a_prompt_is_text(prompt: Any) -> None:
     with pytest.raises(InvalidRequestError, match=r"^prompt must be text, but it is "):
-        encode_request("blip2", b"image", prompt, {}, stream=False)
+        encode_request("blip2", [b"image"], prompt, {}, stream=False)
 
 
 def test_an_answer_is_read_from_the_contracts_outputs() -> None:

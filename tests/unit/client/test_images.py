@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from blipstream_client.images import image_bytes
+from blipstream_client.images import image_bytes, image_files
 from PIL import Image
 
 from blipstream.errors import InvalidImageError
@@ -122,3 +122,12 @@ def test_pillow_is_imported_by_the_caller_alone() -> None:
         "assert not any(name.partition('.')[0] == 'PIL' for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_list_is_frames_in_their_order() -> None:
+    assert image_files(DATA) == [DATA]
+    assert image_files([DATA, b"other", io.BytesIO(b"third")]) == image_files((DATA, b"other", b"third"))
+    with pytest.raises(InvalidImageError, match="no image was given: an image, or a list of frames, was expected"):
+        image_files([])
+    with pytest.raises(InvalidImageError, match="is empty"):
+        image_files([DATA, b""])

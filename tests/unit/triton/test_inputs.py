@@ -131,9 +131,7 @@ def test_frames_arrive_in_their_order() -> None:
         parser.parse({"image": given[:, :3]})
     with pytest.raises(InvalidRequestError, match="image must hold one file, but it holds 4"):
         RequestParser(make_manifest(), ServerConfig()).parse({"image": given})
-    with pytest.raises(
-        InvalidRequestError, match="image_input holds the pixels of one image, and this model rea"
-    ):
+    with pytest.raises(InvalidRequestError, match="image_input holds the pixels of one image, and this model rea"):
         parser.parse(tensors(image_input=pixels()))
 
 
