@@ -209,11 +209,11 @@ def _decoder_sizes(options: BuildOptions, checkpoint: Checkpoint) -> DecoderSect
     wanted = options.max_tokens or min(DEFAULT_MAX_TOKENS, longest or DEFAULT_MAX_TOKENS)
     if longest is not None and wanted > longest:
         raise BundleError(f"max_tokens = {wanted} is more than the language model reads: it has {longest} positions")
-    shortest = config.num_query_tokens + 2  # a begin token and a generated one
+    shortest = checkpoint.num_soft_tokens + 2  # a begin token and a generated one
     if wanted < shortest:
         raise BundleError(
-            f"max_tokens = {wanted} leaves no room for text behind {config.num_query_tokens} soft tokens: expected at "
-            f"least {shortest}"
+            f"max_tokens = {wanted} leaves no room for text behind {checkpoint.num_soft_tokens} soft tokens: expected "
+            f"at least {shortest}"
         )
     return checkpoint.decoder_section(max_sequences=options.max_sequences, max_tokens=wanted)
 
@@ -239,6 +239,7 @@ def _manifest(
             num_image_tokens=_num_image_tokens(checkpoint),
             hidden_size=vision.hidden_size,
             num_layers=vision.num_hidden_layers,
+            num_frames=checkpoint.family.image_side.num_frames,
         ),
         qformer=QFormerSection(
             num_query_tokens=checkpoint.config.num_query_tokens,

@@ -7,8 +7,7 @@ weights. In between, nothing has been computed and little has been read, so that
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,12 @@ from typing import Any
 from blipstream.contract import DecoderSection, ImageSection
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
 from blipstream_export.families import Family, LanguageModule, find_family
+from blipstream_export.faults import faults_of, first_line
 from blipstream_export.generation import empty_prompt_ids, is_token
+from blipstream_export.processors import frame, load_processor
 from blipstream_export.weights import TensorHeader, read_headers, read_json
 
 CONFIG_FILE = "config.json"
-PLACEHOLDER = "<image>"
-"""The token that stands for one soft token in a prompt's ids."""
-
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
-_QFORMER_TOKENIZER = "qformer_tokenizer"
-_QFORMER_TOKENIZER_FILES = (f"{_QFORMER_TOKENIZER}/tokenizer.json", f"{_QFORMER_TOKENIZER}/vocab.txt")
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _RESAMPLE: dict[int, Any] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -41,17 +35,29 @@ class Checkpoint:
     """The folder's name, or the hub id."""
     family: Family
     config: Any
-    """The configuration in transformers, with ``num_query_tokens`` and ``image_token_index`` filled in where an old one
-    lacks them; the latter stays None where the language model has no row for the placeholder ``<image>``."""
+    """The configuration in transformers, with ``num_query_tokens`` and the placeholder's id filled in where an old one
+    lacks them."""
     processor: Any
-    """The processor in transformers. It puts ``num_query_tokens`` placeholders before a prompt, unless
-    ``image_token_index`` is None."""
+    """The processor in transformers. It puts :attr:`num_soft_tokens` placeholders before a prompt, unless
+    :attr:`placeholder_id` is None."""
     image: ImageSection
 
     @property
     def instructed(self) -> bool:
         """Whether its Q-Former reads the prompt as well."""
         return self.family.image_side.instructed
+
+    @property
+    def placeholder_id(self) -> int | None:
+        """Id of the token that stands for one soft token in a prompt's ids; None where the language model has no row
+        for it."""
+        token: int | None = getattr(self.config, self.family.image_side.placeholder_field)
+        return token
+
+    @property
+    def num_soft_tokens(self) -> int:
+        """Soft tokens before a prompt, those of all frames together."""
+        return int(self.config.num_query_tokens) * self.family.image_side.num_frames
 
     @property
     def language(self) -> LanguageModule:
@@ -77,15 +83,16 @@ def open_checkpoint(source: str) -> Checkpoint:
     raw = read_json(folder / CONFIG_FILE)
     family = find_family(raw, source)
     headers = read_headers(folder)
-    with _faults_of(f"the configuration {folder / CONFIG_FILE}"):
+    with faults_of(f"the configuration {folder / CONFIG_FILE}"):
         import transformers
 
         config = getattr(transformers, family.image_side.config).from_pretrained(folder)
     config.num_query_tokens = _num_query_tokens(raw, headers, folder)
-    processor = _load_processor(folder, family)
-    _frame(processor, config, folder)
+    processor = load_processor(folder, family.image_side)
+    frame(processor, config, family.image_side, folder)
     checkpoint = Checkpoint(folder, name, family, config, processor, _image_section(processor, config))
     _check_text_config(checkpoint, source)
+    _check_frames(checkpoint, source)
     return checkpoint
 
 
@@ -99,7 +106,7 @@ def load_model(checkpoint: Checkpoint) -> Any:
     import transformers
 
     architecture = getattr(transformers, checkpoint.family.image_side.architecture)
-    with _faults_of(f"the weights of {checkpoint.folder}"):
+    with faults_of(f"the weights of {checkpoint.folder}"):
         loaded: Any = architecture.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,
@@ -130,7 +137,7 @@ def _locate(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
     except (OSError, ValueError, RuntimeError) as error:  # what huggingface_hub and its HTTP client raise
         raise CheckpointError(
-            f"there is no folder {source}, and the hub did not give a checkpoint of that id: {_sentence(error)}"
+            f"there is no folder {source}, and the hub did not give a checkpoint of that id: {first_line(error)}"
         ) from error
 
 
@@ -147,44 +154,6 @@ def _num_query_tokens(raw: Mapping[str, Any], headers: Mapping[str, TensorHeader
     return int(header.shape[1])
 
 
-def _load_processor(folder: Path, family: Family) -> Any:
-    import transformers
-
-    expected = [("tokenizer", _TOKENIZER_FILES), ("image processor", _PROCESSOR_FILES)]
-    if family.image_side.instructed:
-        expected.append(("tokenizer of the Q-Former", _QFORMER_TOKENIZER_FILES))
-    for what, files in expected:
-        if not any((folder / name).is_file() for name in files):  # transformers would make one up
-            raise CheckpointError(f"the checkpoint {folder} holds no {what}: expected one of {', '.join(files)}")
-    with _faults_of(f"the tokenizer and image processor of {folder}"):
-        processor = getattr(transformers, family.image_side.processor).from_pretrained(folder, local_files_only=True)
-    if family.image_side.instructed:  # transformers takes the language model's where this one cannot be read
-        own = folder / _QFORMER_TOKENIZER
-        with _faults_of(f"the tokenizer of the Q-Former in {own}"):
-            processor.qformer_tokenizer = transformers.AutoTokenizer.from_pretrained(own, local_files_only=True)
-    return processor
-
-
-def _frame(processor: Any, config: Any, folder: Path) -> None:
-    """Agree on the placeholder of soft tokens and on their number; old checkpoints leave both to the code."""
-    declared = processor.num_query_tokens
-    if declared is not None and declared != config.num_query_tokens:
-        raise CheckpointError(
-            f"the processor of {folder} declares num_query_tokens = {declared}, but the tensor query_tokens holds "
-            f"{config.num_query_tokens}"
-        )
-    if config.image_token_index is None:
-        config.image_token_index = _placeholder_id(processor, config)
-    processor.num_query_tokens = None if config.image_token_index is None else config.num_query_tokens
-
-
-def _placeholder_id(processor: Any, config: Any) -> int | None:
-    """The id of ``<image>`` for a configuration that names none, if the language model has a row for it."""
-    token = processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER)
-    known = isinstance(token, int) and token != processor.tokenizer.unk_token_id
-    return token if known and token < config.text_config.vocab_size else None
-
-
 def _check_text_config(checkpoint: Checkpoint, source: str) -> None:
     text = checkpoint.config.text_config
     checkpoint.language.check_config(text, source)
@@ -198,6 +167,17 @@ def _check_text_config(checkpoint: Checkpoint, source: str) -> None:
         raise UnsupportedCheckpointError(
             f"the language model of {source} has no bos_token_id and its tokenizer makes nothing of an empty text: a "
             "caption without a prompt has nothing to begin with"
+        )
+
+
+def _check_frames(checkpoint: Checkpoint, source: str) -> None:
+    """Refuse what makes the soft tokens of one frame depend on the others."""
+    width = checkpoint.decoder_section(max_sequences=1, max_tokens=1).hidden_size
+    hidden = checkpoint.config.text_config.hidden_size
+    if checkpoint.family.image_side.num_frames > 1 and width != hidden:
+        raise UnsupportedCheckpointError(
+            f"the language model of {source} has embeddings of width {width} under a hidden state of {hidden}, and "
+            "with several frames only equal widths are served"
         )
 
 
@@ -256,19 +236,3 @@ def _check_loading(info: Mapping[str, Any], folder: Path) -> None:
 def _some(names: Sequence[str]) -> str:
     listed = ", ".join(names[:3])
     return f"the tensor {listed}" if len(names) == 1 else f"{len(names)} tensors ({listed}{', ...' * (len(names) > 3)})"
-
-
-@contextmanager
-def _faults_of(what: str) -> Iterator[None]:
-    """Whatever transformers raises on damaged files becomes one sentence; it raises nearly every built-in exception."""
-    try:
-        yield
-    except (CheckpointError, MemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{what} cannot be loaded: {_sentence(error)}") from error
-
-
-def _sentence(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -72,6 +72,14 @@ class ImageSide:
     processor: str
     instructed: bool = False
     """Whether the Q-Former reads the prompt as well, by a tokenizer of its own."""
+    num_frames: int = 1
+    """Images of one request, each read by itself; their soft tokens stand one image's behind the other's."""
+    placeholder: str = "<image>"
+    """The token that stands for one soft token in a prompt's ids."""
+    placeholder_field: str = "image_token_index"
+    """Where the configuration has its id."""
+    features: str = "get_image_features"
+    """The model's method that runs ViT, Q-Former and projection."""
 
 
 LANGUAGE_MODELS = (
@@ -85,6 +93,11 @@ IMAGE_SIDES = (
     ImageSide(
         "instructblip", "instructblip", "InstructBlipForConditionalGeneration", "InstructBlipConfig",
         "InstructBlipProcessor", instructed=True,
+    ),
+    ImageSide(
+        "instructblipvideo", "instructblipvideo", "InstructBlipVideoForConditionalGeneration",
+        "InstructBlipVideoConfig", "InstructBlipProcessor", instructed=True, num_frames=4, placeholder="<video>",
+        placeholder_field="video_token_index", features="get_video_features",
     ),
 )  # fmt: skip
 

@@ -78,7 +78,7 @@ def generation_section(model: Any, checkpoint: Checkpoint) -> GenerationSection:
         empty_prompt_ids=empty_prompt_ids(checkpoint),
         eos_token_ids=eos,
         pad_token_id=defaults.pad_token_id if is_token(defaults.pad_token_id) else None,
-        image_token_id=checkpoint.config.image_token_index,
+        image_token_id=checkpoint.placeholder_id,
         max_new_tokens=int(defaults.max_new_tokens or DEFAULT_NEW_TOKENS),
         repetition_penalty=float(1.0 if defaults.repetition_penalty is None else defaults.repetition_penalty),
     )

@@ -24,13 +24,13 @@ from blipstream.contract import (
     Manifest,
 )
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
-from blipstream.decoding.request import Chunk, Decoder, GenerationRequest, Prompt, SamplingParams, prefilled_tokens
+from blipstream.decoding.request import Chunk, Decoder, GenerationRequest, SamplingParams, prefilled_tokens
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import create_engine, load_decoder
 from blipstream.errors import ParityError
 from blipstream.instructions import instruction_inputs, pad_instructions
 from blipstream.preprocess import ImageTransform
-from blipstream_export.reference import Floats, Reference, SampleText
+from blipstream_export.reference import Floats, Reference, SampleText, sample_prompt
 
 PREPROCESS_STAGE, PREFILL_STAGE, STEP_STAGE = "preprocess", "decoder prefill", "decoder step"
 
@@ -66,6 +66,7 @@ class TextParity:
     """One sample from image file to greedy tokens, all stages in a row, all samples in flight together."""
 
     image: int
+    """Index of its image, or of its first frame."""
     prompt: str
     expected: tuple[int, ...]
     found: tuple[int, ...]
@@ -145,7 +146,7 @@ def measure(
     finally:
         decoder.close()
     texts = tuple(
-        TextParity(text.image, text.prompt, text.token_ids, tokens, _same_tokens(text, tokens, thresholds.tie))
+        TextParity(text.images[0], text.prompt, text.token_ids, tokens, _same_tokens(text, tokens, thresholds.tie))
         for text, tokens in zip(reference.texts, found, strict=True)
     )
     return ParityReport(thresholds, stages, texts)
@@ -186,7 +187,7 @@ def _compare_decoder(decoder: Decoder, reference: Reference) -> list[StageParity
     texts = reference.texts
     for first in range(0, len(texts), decoder.max_sequences):
         group = sorted(texts[first : first + decoder.max_sequences], key=lambda text: -len(text.token_ids))
-        prompts = [Prompt(reference.readings[text.reading].soft_tokens, text.prompt_ids) for text in group]
+        prompts = [reference.prompt(text) for text in group]
         prefilled = [prefilled_tokens(prompt, decoder.decoder_start_token_id) for prompt in prompts]
         prefill.append((decoder.prefill(0, prompts).copy(), np.stack([text.logits[0] for text in group])))
         for step in range(1, len(group[0].token_ids)):
@@ -216,7 +217,7 @@ def _serve(
         loop.submit(
             GenerationRequest(
                 request_id=str(index),
-                prompt=Prompt(soft_tokens[text.reading], text.prompt_ids),
+                prompt=sample_prompt(text, list(soft_tokens)),
                 params=SamplingParams(max_tokens=len(text.token_ids)),
                 on_chunk=chunks[index].append,
             )

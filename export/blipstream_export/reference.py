@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from blipstream.contract import DecoderSection
+from blipstream.decoding.request import Prompt
 from blipstream.instructions import instruction_inputs
 from blipstream_export.checkpoint import Checkpoint
 from blipstream_export.generation import NEUTRAL, begin_token_id, empty_prompt_ids
@@ -46,12 +47,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class SampleText:
-    """Greedy generation from one image and one prompt."""
+    """Greedy generation from one image, or several frames, and one prompt."""
 
-    image: int
-    """Index of the image."""
-    reading: int
-    """Index of the reading whose soft tokens it begins with."""
+    images: tuple[int, ...]
+    """Index of each image."""
+    readings: tuple[int, ...]
+    """Index of each image's reading, with whose soft tokens it begins."""
     prompt: str
     prompt_ids: tuple[int, ...]
     """Token ids behind the soft tokens."""
@@ -74,6 +75,15 @@ class Reference:
     """One for each image; where the Q-Former reads instructions, one for each image and prompt."""
     texts: list[SampleText]
 
+    def prompt(self, text: SampleText) -> Prompt:
+        """What a text begins with, given the checkpoint's own soft tokens."""
+        return sample_prompt(text, [reading.soft_tokens for reading in self.readings])
+
+
+def sample_prompt(text: SampleText, soft_tokens: Sequence[Floats]) -> Prompt:
+    """What a text begins with, given the soft tokens (Q, D) of every reading."""
+    return Prompt(np.concatenate([soft_tokens[reading] for reading in text.readings]), text.prompt_ids)
+
 
 def sample_images(sizes: Sequence[tuple[int, int]] = _IMAGE_SIZES, *, seed: int = 0) -> list[Image.Image]:
     """Synthetic RGB images of coarse colour patches with fine noise, ``sizes`` = (width, height) each."""
@@ -89,12 +99,17 @@ def sample_images(sizes: Sequence[tuple[int, int]] = _IMAGE_SIZES, *, seed: int 
 
 @dataclass(frozen=True)
 class _Sample:
-    image: int
+    images: tuple[int, ...]
     prompt: str
     prompt_ids: tuple[int, ...]
     instruction: tuple[int, ...] | None
     room: int
     """New tokens for which a row of the KV cache has room."""
+
+    @property
+    def keys(self) -> list[tuple[int, tuple[int, ...] | None]]:
+        """Each image with the instruction: what the Q-Former reads."""
+        return [(image, self.instruction) for image in self.images]
 
 
 def compute_reference(model: Any, checkpoint: Checkpoint, sizes: DecoderSection) -> Reference:
@@ -103,14 +118,14 @@ def compute_reference(model: Any, checkpoint: Checkpoint, sizes: DecoderSection)
 
     images = sample_images()
     samples = _samples(checkpoint, len(images), sizes)
-    keys = list(dict.fromkeys((sample.image, sample.instruction) for sample in samples))
+    keys = list(dict.fromkeys(key for sample in samples for key in sample.keys))
     pixel_values = checkpoint.processor.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks of transformers on defaults that are set here on purpose
         image_embeds = model.vision_model(pixel_values).last_hidden_state
-        readings = [_read(model, pixel_values, image, instruction) for image, instruction in keys]
+        readings = [_read(model, checkpoint, pixel_values, key) for key in keys]
         texts = [
-            _generate(model, checkpoint, pixel_values, sample, keys.index((sample.image, sample.instruction)))
+            _generate(model, checkpoint, pixel_values, sample, tuple(keys.index(key) for key in sample.keys))
             for sample in samples
         ]
     return Reference(images, pixel_values.numpy(), image_embeds.numpy(), readings, texts)
@@ -118,12 +133,14 @@ def compute_reference(model: Any, checkpoint: Checkpoint, sizes: DecoderSection)
 
 def _samples(checkpoint: Checkpoint, num_images: int, sizes: DecoderSection) -> list[_Sample]:
     samples = []
+    frames = range(checkpoint.family.image_side.num_frames)
     for index, prompt in enumerate([*_PROMPTS, *reversed(_PROMPTS)]):
         prompt_ids, instruction = _prompt_ids(checkpoint, prompt), instruction_ids(checkpoint, prompt)
-        room = sizes.room_behind(checkpoint.config.num_query_tokens + len(prompt_ids))
+        room = sizes.room_behind(checkpoint.num_soft_tokens + len(prompt_ids))
         readable = instruction is None or len(instruction) <= checkpoint.config.qformer_config.max_position_embeddings
         if prompt_ids and room > 0 and readable:
-            samples.append(_Sample(index % num_images, prompt, prompt_ids, instruction, room))
+            images = tuple((index + frame) % num_images for frame in frames)
+            samples.append(_Sample(images, prompt, prompt_ids, instruction, room))
     return samples
 
 
@@ -133,15 +150,27 @@ def _prompt_ids(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:
     return tuple(int(token) for token in checkpoint.processor.tokenizer(prompt)["input_ids"])
 
 
-def _read(model: Any, pixel_values: torch.Tensor, image: int, instruction: tuple[int, ...] | None) -> Reading:
+def _read(
+    model: Any, checkpoint: Checkpoint, pixel_values: torch.Tensor, key: tuple[int, tuple[int, ...] | None]
+) -> Reading:
     """The token embeddings that transformers makes of one image's projection."""
     import torch
 
-    features = model.get_image_features(pixel_values[[image]], **_instruction(instruction), return_dict=True)
+    image, instruction = key
+    pixels = _pixels(checkpoint, pixel_values, [image])
+    features = getattr(model, checkpoint.family.image_side.features)(
+        pixels, **_instruction(instruction), return_dict=True
+    )
     projected = features.pooler_output  # (1, Q, C)
     embeds = torch.zeros(*projected.shape[:2], int(model.get_input_embeddings().embedding_dim))
     soft_tokens = embeds.masked_scatter(torch.ones(*projected.shape[:2], 1, dtype=torch.bool), projected)
     return Reading(image, instruction, soft_tokens[0].numpy())
+
+
+def _pixels(checkpoint: Checkpoint, pixel_values: torch.Tensor, images: Sequence[int]) -> torch.Tensor:
+    """What ``generate`` wants of some images: (1, 3, S, S), or (1, F, 3, S, S) where it reads frames."""
+    chosen = pixel_values[list(images)]
+    return chosen if checkpoint.family.image_side.num_frames == 1 else chosen[None]
 
 
 def _instruction(ids: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
@@ -152,18 +181,18 @@ def _instruction(ids: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
 
 
 def _generate(
-    model: Any, checkpoint: Checkpoint, pixel_values: torch.Tensor, sample: _Sample, reading: int
+    model: Any, checkpoint: Checkpoint, pixel_values: torch.Tensor, sample: _Sample, readings: tuple[int, ...]
 ) -> SampleText:
     import torch
 
-    placeholder = checkpoint.config.image_token_index
+    placeholder = checkpoint.placeholder_id
     if placeholder is None:  # an old checkpoint: any id marks the soft tokens that the prompt does not use
         vocabulary = range(checkpoint.config.text_config.vocab_size)
         placeholder = next(token for token in vocabulary if token not in sample.prompt_ids)
-    model.config.image_token_index = placeholder
-    inputs = {"pixel_values": pixel_values[[sample.image]], **_instruction(sample.instruction)}
+    setattr(model.config, checkpoint.family.image_side.placeholder_field, placeholder)
+    inputs = {"pixel_values": _pixels(checkpoint, pixel_values, sample.images), **_instruction(sample.instruction)}
     if sample.prompt or begin_token_id(checkpoint) is None:
-        soft = [placeholder] * checkpoint.config.num_query_tokens
+        soft = [placeholder] * checkpoint.num_soft_tokens
         inputs["input_ids"] = torch.tensor([[*soft, *sample.prompt_ids]])
     output = model.generate(
         **inputs,
@@ -176,7 +205,7 @@ def _generate(
     )
     logits = torch.cat(output.logits).numpy()  # (n, V)
     token_ids = tuple(output.sequences[0, -len(logits) :].tolist())
-    return SampleText(sample.image, reading, sample.prompt, sample.prompt_ids, token_ids, logits)
+    return SampleText(sample.images, readings, sample.prompt, sample.prompt_ids, token_ids, logits)
 
 
 def _caches(checkpoint: Checkpoint) -> bool:

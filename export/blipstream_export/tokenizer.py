@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from blipstream.contract import QFORMER_TOKENIZER_FILE, TOKENIZER_FILE
 from blipstream.errors import CheckpointError
-from blipstream_export.checkpoint import PLACEHOLDER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -37,8 +36,8 @@ def check_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     backend = _backend(tokenizer, "tokenizer", checkpoint)
     _check_vocabulary(tokenizer, config.text_config.vocab_size, checkpoint)
     placeholders: list[int] = []
-    if config.image_token_index is not None:
-        placeholders = [config.image_token_index] * config.num_query_tokens
+    if checkpoint.placeholder_id is not None:
+        placeholders = [checkpoint.placeholder_id] * checkpoint.num_soft_tokens
     for prompt in SAMPLE_PROMPTS:  # soft tokens' placeholders first, then the text with its special tokens
         expected = processor_ids(checkpoint, prompt)
         _check_ids([*placeholders, *backend.encode(prompt).ids], expected, prompt, TOKENIZER_FILE, checkpoint)
@@ -104,19 +103,20 @@ def _backend(tokenizer: Any, what: str, checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _check_vocabulary(tokenizer: Any, vocab_size: int, checkpoint: Checkpoint) -> None:
-    framed = checkpoint.config.image_token_index is not None
-    known = {token: index for token, index in tokenizer.get_vocab().items() if framed or token != PLACEHOLDER}
+    side, placeholder_id = checkpoint.family.image_side, checkpoint.placeholder_id
+    framed = placeholder_id is not None
+    known = {token: index for token, index in tokenizer.get_vocab().items() if framed or token != side.placeholder}
     token, largest = max(known.items(), key=lambda item: item[1])
     if largest >= vocab_size:
         raise CheckpointError(
             f"the tokenizer of {checkpoint.folder} is not that of its language model: token {token!r} has id "
             f"{largest}, and the language model's vocab_size is {vocab_size}"
         )
-    placeholder, expected = known.get(PLACEHOLDER), checkpoint.config.image_token_index
-    if framed and placeholder != expected:
+    found = known.get(side.placeholder)
+    if framed and found != placeholder_id:
         raise CheckpointError(
-            f"the tokenizer of {checkpoint.folder} is not that of its language model: {PLACEHOLDER} has id "
-            f"{placeholder}, and the configuration has image_token_index = {expected}"
+            f"the tokenizer of {checkpoint.folder} is not that of its language model: {side.placeholder} has id "
+            f"{found}, and the configuration has {side.placeholder_field} = {placeholder_id}"
         )
 
 

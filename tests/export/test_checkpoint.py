@@ -126,7 +126,7 @@ def test_old_checkpoint_without_room_for_the_placeholder(tmp_path: Path) -> None
         assert 5 not in text.prompt_ids
         input_ids = torch.tensor([[5] * 6 + list(text.prompt_ids)])
         tokens = model.generate(
-            pixel_values=pixel_values[text.image : text.image + 1],
+            pixel_values=pixel_values[list(text.images)],
             input_ids=input_ids,
             max_new_tokens=min(20, 48 - input_ids.shape[1]),
         )

@@ -13,7 +13,7 @@ from blipstream_export.build import BuildOptions, BuildResult, build
 from blipstream_export.checkpoint import load_model, open_checkpoint
 from blipstream_export.generation import generation_section
 from blipstream_export.reference import compute_reference
-from blipstream_export.tokenizer import check_qformer_tokenizer, check_tokenizer
+from blipstream_export.tokenizer import check_qformer_tokenizer, check_tokenizer, processor_ids
 
 from blipstream.contract import (
     BLIP2,
@@ -26,25 +26,27 @@ from blipstream.contract import (
     TensorSpec,
 )
 from blipstream.engines import create_engine
-from blipstream.errors import CheckpointError, UnsupportedCheckpointError
+from blipstream.errors import BundleError, CheckpointError, UnsupportedCheckpointError
 from blipstream.instructions import InstructionEncoder, instruction_inputs, pad_instructions
-from tests.checkpoints import TinySizes, make_tokenizer
+from tests.checkpoints import TinySizes
 from tests.export.damage import Fault, cut, edit, put, remove
 from tests.instructblip import (
     QFORMER_POSITIONS,
     QFORMER_VOCAB_SIZE,
-    make_instructblip_opt,
+    make_instructblip,
     make_instructblip_processor,
     make_qformer_tokenizer,
-    save_instructblip_opt,
+    save_instructblip,
+    save_instructblipvideo,
 )
+from tests.languages import opt_tokenizer
 
 TEXTS = ("", "What colour is the dog?", "ünïcode 北京", "a  b\nc")
 
 
 @pytest.fixture(scope="module")
 def whole_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_instructblip_opt(tmp_path_factory.mktemp("instructblip") / "random")
+    return save_instructblip(tmp_path_factory.mktemp("instructblip") / "random")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_the_graph_has_the_tensors_of_the_contract(result: BuildResult) -> None:
 def test_padded_batches_equal_transformers(lengths: tuple[int, ...], result: BuildResult) -> None:
     """Each instruction by itself in transformers, all of them in one padded batch of the graph."""
     generator = torch.Generator().manual_seed(sum(lengths))
-    model, section = make_instructblip_opt(), result.manifest.qformer.instruction
+    model, section = make_instructblip(), result.manifest.qformer.instruction
     assert section is not None
     pixel_values = torch.randn(len(lengths), 3, 28, 28, generator=generator)
     instructions = [torch.randint(0, 150, (length,), generator=generator) for length in lengths]
@@ -150,8 +152,8 @@ def test_an_old_configuration_is_completed(checkpoint: Path, whole_checkpoint: P
 
 
 def test_an_old_checkpoint_without_room_for_the_placeholder(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(image_token=False)
-    model = make_instructblip_opt(len(tokenizer), image_token_id=5)
+    tokenizer = opt_tokenizer(image_token=False)
+    model = make_instructblip("opt", len(tokenizer), 5)
     model.save_pretrained(tmp_path / "checkpoint")
     processor = make_instructblip_processor(tokenizer, make_qformer_tokenizer(), TinySizes())
     processor.save_pretrained(tmp_path / "checkpoint")
@@ -166,6 +168,75 @@ def test_no_begin_token_is_needed(checkpoint: Path) -> None:
     put(text_config__bos_token_id=None)(checkpoint)
     opened = open_checkpoint(str(checkpoint))
     assert generation_section(load_model(opened), opened).empty_prompt_ids == (2,)
+
+
+# --- videos ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def video_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_instructblipvideo(tmp_path_factory.mktemp("instructblipvideo") / "random")
+
+
+def test_a_bundle_for_videos(video_checkpoint: Path, tmp_path: Path) -> None:
+    """Four frames a text; the report holds what the checkpoint makes of all of them together."""
+    result = build(str(video_checkpoint), tmp_path / "bundle", BuildOptions(max_sequences=2))
+    manifest = result.manifest
+    assert (manifest.kind, manifest.vision.num_frames) == ("instructblipvideo-opt", 4)
+    assert manifest.image.size == 28
+    assert manifest.generation.image_token_id == 319
+    assert all(text.expected == text.found for text in result.parity.texts)
+    assert len({text.expected for text in result.parity.texts}) == len(result.parity.texts)
+
+
+def test_videos_have_as_many_placeholders_as_soft_tokens(video_checkpoint: Path) -> None:
+    checkpoint = open_checkpoint(str(video_checkpoint))
+    ids = processor_ids(checkpoint, "a red cat")
+    assert ids[:24] == [319] * 24 == [checkpoint.placeholder_id] * checkpoint.num_soft_tokens
+    assert ids[24:] == checkpoint.processor.tokenizer("a red cat")["input_ids"]
+
+
+VIDEO_FAULTS: dict[str, tuple[Fault, type[Exception], str]] = {
+    "narrow embeddings": (
+        put(text_config__word_embed_proj_dim=20),
+        UnsupportedCheckpointError,
+        "embeddings of width 20 under a hidden state of 48, and with several frames only equal widths are served",
+    ),
+    "no transform": (
+        edit("processor_config.json", lambda config: config.pop("video_processor")),
+        CheckpointError,
+        "does not say how a frame is resized, in processor_config.json, video_preprocessor_config.json, preprocessor_c",
+    ),
+    "no processor": (
+        remove("processor_config.json"),
+        CheckpointError,
+        "holds no image processor: expected one of processor_config.json, video_preprocessor_config.json",
+    ),
+    "another placeholder": (
+        put(video_token_index=3),
+        CheckpointError,
+        "<video> has id 319, and the configuration has video_token_index = 3",
+    ),
+    "frames of another size": (
+        edit("processor_config.json", lambda config: config["video_processor"].update(size={"height": 9, "width": 9})),
+        CheckpointError,
+        "and the vision encoder reads 28 x 28",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIDEO_FAULTS)
+def test_faults_of_checkpoints_for_videos(name: str, video_checkpoint: Path, tmp_path: Path) -> None:
+    fault, error, message = VIDEO_FAULTS[name]
+    folder = Path(shutil.copytree(video_checkpoint, tmp_path / "checkpoint"))
+    fault(folder)
+    with pytest.raises(error, match=message):
+        build(str(folder), tmp_path / "bundle")
+
+
+def test_capacity_counts_the_soft_tokens_of_every_frame(video_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="leaves no room for text behind 24 soft tokens: expected at least 26"):
+        build(str(video_checkpoint), tmp_path / "bundle", BuildOptions(max_tokens=25))
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

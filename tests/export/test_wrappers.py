@@ -18,7 +18,7 @@ from torch import Tensor
 from blipstream.decoding.request import Prompt
 from blipstream.engines.decoder import prefill_inputs
 from tests.checkpoints import TinySizes, make_blip2_opt
-from tests.instructblip import make_instructblip_opt
+from tests.instructblip import make_instructblip
 from tests.languages import OPT_VARIANTS
 
 
@@ -132,7 +132,7 @@ def test_qformer(sizes: TinySizes) -> None:
 @pytest.mark.parametrize("sizes", QFORMER_SIZES, ids=str)
 def test_instruction_qformer(sizes: TinySizes) -> None:
     """Instructions of unequal lengths in one padded batch, each against itself alone in transformers."""
-    model = make_instructblip_opt(sizes=sizes, qformer={"hidden_act": "gelu_new"})
+    model = make_instructblip(sizes=sizes, qformer={"hidden_act": "gelu_new"})
     instructions = [torch.randint(5, 150, (length,)) for length in (7, 1, 40)]
     ids, mask = pad(instructions, pad_id=0)
     pixel_values = torch.randn(3, 3, sizes.image_size, sizes.image_size)
@@ -146,7 +146,7 @@ def test_instruction_qformer(sizes: TinySizes) -> None:
 
 
 def test_padding_of_an_instruction_does_not_matter() -> None:
-    model = make_instructblip_opt()
+    model = make_instructblip()
     qformer, image_embeds = InstructionQFormer(model), torch.randn(1, 17, 36)
     ids = torch.tensor([[2, 17, 40, 3]])
     found = qformer(image_embeds, ids, torch.ones_like(ids))

@@ -1,0 +1,126 @@
+"""The processor of a checkpoint, as transformers has it: image transform, tokenizers, and placeholders of soft tokens.
+
+Where the checkpoint is for videos, frames are images of one processor: ``InstructBlipVideoProcessor`` makes the same
+ids with another placeholder, as often for each frame, but its video processor needs torchvision, whose resizing
+differs in the last digits from Pillow's, which servers use.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blipstream.errors import CheckpointError
+from blipstream_export.faults import faults_of
+from blipstream_export.weights import read_json
+
+if TYPE_CHECKING:
+    from blipstream_export.families import ImageSide
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
+_QFORMER_TOKENIZER = "qformer_tokenizer"
+_QFORMER_TOKENIZER_FILES = (f"{_QFORMER_TOKENIZER}/tokenizer.json", f"{_QFORMER_TOKENIZER}/vocab.txt")
+_PROCESSOR_FILE = "processor_config.json"
+_IMAGE_FILES = (_PROCESSOR_FILE, "preprocessor_config.json")
+_VIDEO_FILES = (_PROCESSOR_FILE, "video_preprocessor_config.json", "preprocessor_config.json")
+
+
+def load_processor(folder: Path, side: ImageSide) -> Any:
+    """The processor of a checkpoint's folder, of the class that its image side names.
+
+    Raises:
+        CheckpointError: a tokenizer or the image processor is missing or damaged.
+    """
+    import transformers
+
+    _check_files(folder, side)
+    with faults_of(f"the tokenizer and image processor of {folder}"):
+        if side.num_frames > 1:
+            processor = _frames_processor(folder, side)
+        else:
+            processor = getattr(transformers, side.processor).from_pretrained(folder, local_files_only=True)
+    if side.instructed:  # transformers takes the language model's where this one cannot be read
+        own = folder / _QFORMER_TOKENIZER
+        with faults_of(f"the tokenizer of the Q-Former in {own}"):
+            processor.qformer_tokenizer = transformers.AutoTokenizer.from_pretrained(own, local_files_only=True)
+    return processor
+
+
+def frame(processor: Any, config: Any, side: ImageSide, folder: Path) -> None:
+    """Agree on the placeholder of soft tokens and on their number; old checkpoints leave both to the code.
+
+    Afterwards the processor puts as many placeholders before a prompt as an image, or all frames together, have soft
+    tokens, and none where the language model has no row for the placeholder.
+
+    Raises:
+        CheckpointError: processor and configuration contradict each other.
+    """
+    declared = processor.num_query_tokens
+    if declared is not None and declared != config.num_query_tokens:
+        raise CheckpointError(
+            f"the processor of {folder} declares num_query_tokens = {declared}, but the tensor query_tokens holds "
+            f"{config.num_query_tokens}"
+        )
+    if getattr(config, side.placeholder_field) is None:
+        setattr(config, side.placeholder_field, _placeholder_id(processor, config, side))
+    framed = getattr(config, side.placeholder_field) is not None
+    processor.num_query_tokens = config.num_query_tokens * side.num_frames if framed else None
+
+
+def _check_files(folder: Path, side: ImageSide) -> None:
+    """See that the files are there: transformers would make up what they should say."""
+    images = _IMAGE_FILES if side.num_frames == 1 else _VIDEO_FILES
+    expected = [("tokenizer", _TOKENIZER_FILES), ("image processor", images)]
+    if side.instructed:
+        expected.append(("tokenizer of the Q-Former", _QFORMER_TOKENIZER_FILES))
+    for what, files in expected:
+        if not any((folder / name).is_file() for name in files):
+            raise CheckpointError(f"the checkpoint {folder} holds no {what}: expected one of {', '.join(files)}")
+
+
+def _placeholder_id(processor: Any, config: Any, side: ImageSide) -> int | None:
+    """The placeholder's id for a configuration that names none, if the language model has a row for it."""
+    token = processor.tokenizer.convert_tokens_to_ids(side.placeholder)
+    known = isinstance(token, int) and token != processor.tokenizer.unk_token_id
+    return token if known and token < config.text_config.vocab_size else None
+
+
+def _frames_processor(folder: Path, side: ImageSide) -> Any:
+    import transformers
+    from tokenizers import AddedToken
+
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.image_token = AddedToken(side.placeholder, normalized=False, special=True)  # where it looks for one
+    tokenizer.add_tokens([tokenizer.image_token], special_tokens=True)
+    fields = _frame_transform(folder)
+    images = transformers.BlipImageProcessor.from_dict(fields)
+    declared = read_json(folder / _PROCESSOR_FILE) if (folder / _PROCESSOR_FILE).is_file() else {}
+    return getattr(transformers, side.processor)(
+        images, tokenizer, tokenizer, num_query_tokens=declared.get("num_query_tokens")
+    )
+
+
+def _frame_transform(folder: Path) -> dict[str, Any]:
+    """How a frame becomes ``pixel_values``: fields of a video processor that image processors share."""
+    for name in _VIDEO_FILES:
+        if (folder / name).is_file():
+            fields = read_json(folder / name)
+            fields = fields.get("video_processor", fields) if name == _PROCESSOR_FILE else fields
+            if "size" in fields:
+                return {key: fields[key] for key in _TRANSFORM if key in fields}
+    raise CheckpointError(f"the checkpoint {folder} does not say how a frame is resized, in {', '.join(_VIDEO_FILES)}")
+
+
+_TRANSFORM = (
+    "size",
+    "resample",
+    "rescale_factor",
+    "image_mean",
+    "image_std",
+    "do_resize",
+    "do_rescale",
+    "do_normalize",
+    "do_convert_rgb",
+    "do_center_crop",
+    "do_pad",
+)
