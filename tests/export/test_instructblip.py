@@ -184,7 +184,7 @@ def test_a_bundle_for_videos(video_checkpoint: Path, tmp_path: Path) -> None:
     manifest = result.manifest
     assert (manifest.kind, manifest.vision.num_frames) == ("instructblipvideo-opt", 4)
     assert manifest.image.size == 28
-    assert manifest.generation.image_token_id == 319
+    assert manifest.generation.image_token_id == 320
     assert all(text.expected == text.found for text in result.parity.texts)
     assert len({text.expected for text in result.parity.texts}) == len(result.parity.texts)
 
@@ -192,7 +192,7 @@ def test_a_bundle_for_videos(video_checkpoint: Path, tmp_path: Path) -> None:
 def test_videos_have_as_many_placeholders_as_soft_tokens(video_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(str(video_checkpoint))
     ids = processor_ids(checkpoint, "a red cat")
-    assert ids[:24] == [319] * 24 == [checkpoint.placeholder_id] * checkpoint.num_soft_tokens
+    assert ids[:24] == [320] * 24 == [checkpoint.placeholder_id] * checkpoint.num_soft_tokens
     assert ids[24:] == checkpoint.processor.tokenizer("a red cat")["input_ids"]
 
 
@@ -215,7 +215,7 @@ VIDEO_FAULTS: dict[str, tuple[Fault, type[Exception], str]] = {
     "another placeholder": (
         put(video_token_index=3),
         CheckpointError,
-        "<video> has id 319, and the configuration has video_token_index = 3",
+        "<video> has id 320, and the configuration has video_token_index = 3",
     ),
     "frames of another size": (
         edit("processor_config.json", lambda config: config["video_processor"].update(size={"height": 9, "width": 9})),

@@ -22,10 +22,10 @@ TEXTS = ("", "what happens?", "Describe the video, please", "a")
 MODELS = ("preprocess", "vision_encoder", "qformer")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["opt", "t5"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("video") / "checkpoint"
-    return save_instructblipvideo(folder, seed=4)  # with some other seeds logits tie
+    return save_instructblipvideo(folder, request.param, seed=0)  # with some other seeds logits tie
 
 
 @pytest.fixture(scope="module")
