@@ -14,7 +14,8 @@ class VisionEncoder(nn.Module):
     """``last_hidden_state`` of ``Blip2VisionModel``: the class token and every patch, normalised.
 
     Args:
-        source: the model of transformers (``Blip2VisionModel``); its parameters are shared, not copied.
+        source: the model of transformers (``Blip2VisionModel``); its parameters are shared, not copied. Its embeddings
+            may have a norm of their own, ``pre_norm``, as CLIP's ViT has.
     """
 
     def __init__(self, source: Any) -> None:
@@ -24,6 +25,7 @@ class VisionEncoder(nn.Module):
         self.patch_embedding = embeddings.patch_embedding
         self.class_token = nn.Parameter(embeddings.class_embedding.detach() + position[:, :1], requires_grad=False)
         self.patch_position = nn.Parameter(position[:, 1:].contiguous(), requires_grad=False)
+        self.pre_norm = getattr(embeddings, "pre_norm", None)
         self.layers: Any = nn.ModuleList([_VisionLayer(layer) for layer in source.encoder.layers])
         self.norm = source.post_layernorm
 
@@ -33,6 +35,8 @@ class VisionEncoder(nn.Module):
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2) + self.patch_position  # (B, P, C)
         tokens = torch.cat([self.class_token.expand(batch, -1, -1), patches], dim=1)  # (B, 1 + P, C)
         hidden = tokens.flatten(0, 1)
+        if self.pre_norm is not None:
+            hidden = self.pre_norm(hidden)
         for layer in self.layers:
             hidden = layer(hidden, batch)
         return self.norm(hidden).reshape(tokens.shape)

@@ -1,0 +1,118 @@
+"""The language model of a LAVIS checkpoint: a folder in the Hugging Face layout, set up as LAVIS sets it up.
+
+Its weights may be safetensors, or pickles (``pytorch_model.bin``), as which OPT's were published; pickles are read as
+LAVIS's own files are, without running code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from blipstream.errors import CheckpointError, UnsupportedCheckpointError
+from blipstream_export.checkpoint import CONFIG_FILE, _faults_of
+from blipstream_export.lavis.files import read_tensors
+from blipstream_export.weights import INDEX_FILE, WEIGHTS_FILE, read_headers, read_json
+
+PREFIX = "language_model."
+"""What stands before a language model's names in a composed checkpoint."""
+
+_PICKLE = "pytorch_model.bin"
+_INDEX = "pytorch_model.bin.index.json"
+
+
+@dataclass(frozen=True)
+class LanguagePart:
+    """A language model's configuration and tokenizer in transformers."""
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    notes: tuple[str, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights, by their names in a composed checkpoint; mapped from disk.
+
+        Raises:
+            CheckpointError: files are missing or damaged.
+        """
+        tensors: dict[str, Tensor] = {}
+        for path, read in _weight_files(self.folder):
+            tensors |= {PREFIX + self._name(name): tensor for name, tensor in read(path).items()}
+        return tensors
+
+    def _name(self, name: str) -> str:
+        # OPT's first checkpoints were saved from the model without its head
+        return f"model.{name}" if self.config.model_type == "opt" and name.startswith("decoder.") else name
+
+
+def read_language_model(folder: Path) -> LanguagePart:
+    """Read configuration and tokenizer, and set them up.
+
+    Raises:
+        UnsupportedCheckpointError: LAVIS composes no checkpoint with a language model of this kind.
+        CheckpointError: files are missing or damaged.
+    """
+    model_type = read_json(folder / CONFIG_FILE).get("model_type")
+    if not isinstance(model_type, str) or model_type not in _SET_UP:
+        raise UnsupportedCheckpointError(
+            f"{folder} is a language model of type {model_type!r}, and LAVIS's checkpoints are composed with one of "
+            f"{', '.join(map(repr, _SET_UP))}"
+        )
+    _weight_files(folder)
+    from transformers import AutoConfig, AutoTokenizer
+
+    with _faults_of(f"the configuration and tokenizer of {folder}"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return LanguagePart(folder, config, tokenizer, _SET_UP[model_type](config, tokenizer))
+
+
+def _weight_files(folder: Path) -> list[tuple[Path, Callable[[Path], dict[str, Tensor]]]]:
+    """Every file of weights, with what reads it.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    if not any((folder / name).is_file() for name in (INDEX_FILE, WEIGHTS_FILE)):
+        for pickle in (_INDEX, _PICKLE):
+            if (folder / pickle).is_file():
+                return [(path, read_tensors) for path in _shards(folder, pickle)]
+    read_headers(folder)  # it refuses what is missing or damaged
+    index = INDEX_FILE if (folder / INDEX_FILE).is_file() else WEIGHTS_FILE
+    return [(path, load_file) for path in _shards(folder, index)]
+
+
+def _shards(folder: Path, index: str) -> list[Path]:
+    if not index.endswith(".json"):
+        return [folder / index]
+    weight_map = read_json(folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / index} has no weight_map that says which shard holds each tensor")
+    paths = [folder / name for name in sorted(set(weight_map.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise CheckpointError(f"{folder} lacks the shard {path.name}, one of {len(paths)} that its index names")
+    return paths
+
+
+def _set_up_opt(config: Any, tokenizer: Any) -> tuple[str, ...]:
+    """LAVIS trains OPT to end a text with a line break, and takes its first token for the end token."""
+    config.eos_token_id = int(tokenizer("\n", add_special_tokens=False)["input_ids"][0])
+    return (f"answers end at a line break (token {config.eos_token_id}), which LAVIS trains OPT for, and not at </s>",)
+
+
+def _set_up_t5(config: Any, _tokenizer: Any) -> tuple[str, ...]:
+    """LAVIS computes T5's activation exactly, and its empty prompt is the end token alone."""
+    config.dense_act_fn = "gelu"
+    config.bos_token_id = config.eos_token_id
+    return ("T5's feed-forward layers use the exact GELU, as LAVIS sets it",)
+
+
+_SET_UP: Mapping[str, Callable[[Any, Any], tuple[str, ...]]] = {"opt": _set_up_opt, "t5": _set_up_t5}

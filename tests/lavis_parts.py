@@ -1,0 +1,208 @@
+"""Random parts of LAVIS checkpoints: the files that LAVIS would read, of its own structure and of any size.
+
+    parts = save_parts(tmp_path, vit="clip")
+    blipstream build --lavis parts.trained --vision parts.vision --llm parts.llm --vision-layers 2 -o bundle
+
+As in LAVIS's files, a ViT has more than is kept of it (its last block, its final norm), keys of EVA have no bias, and
+the trained part lies under ``model`` beside an optimizer. The weights are drawn wide, so that greedy text depends on
+the image. torch and transformers are imported by the functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tests.checkpoints import make_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VitName = Literal["eva", "clip"]
+HEAD_DIMS: Mapping[str, int] = {"eva": 88, "clip": 64}
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """Sizes of the ViT and the Q-Former; heads are of LAVIS's sizes."""
+
+    image_size: int = 28
+    patch_size: int = 7
+    vision_heads: int = 2
+    vision_blocks: int = 3
+    """In the file."""
+    num_query_tokens: int = 6
+    qformer_heads: int = 1
+    qformer_layers: int = 3
+    cross_attention_frequency: int = 2
+    text_width: int = 48
+
+    def vision_width(self, vit: VitName) -> int:
+        return self.vision_heads * HEAD_DIMS[vit]
+
+    @property
+    def qformer_width(self) -> int:
+        return 64 * self.qformer_heads
+
+
+@dataclass(frozen=True)
+class SavedParts:
+    """Paths of what was written."""
+
+    trained: Path
+    vision: Path
+    llm: Path
+
+
+def save_parts(
+    folder: Path,
+    vit: VitName = "eva",
+    *,
+    seed: int = 0,
+    sizes: PartSizes | None = None,
+    text_side: bool = False,
+    opt: Mapping[str, Any] | None = None,
+) -> SavedParts:
+    """Write the parts of a BLIP-2 with OPT into ``folder``; ``opt`` overrides fields of its ``OPTConfig``."""
+    import torch
+
+    sizes = sizes or PartSizes()
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = SavedParts(folder / "blip2_trained.pth", folder / f"{vit}_vit.pth", folder / "llm")
+    trained = make_trained(vit, "opt_proj", seed=seed + 1, sizes=sizes, text_side=text_side)
+    torch.save({"model": trained, "optimizer": {"state": {0: torch.zeros(3)}}, "epoch": 4}, parts.trained)
+    torch.save(make_vit(vit, seed=seed, sizes=sizes), parts.vision)
+    save_opt(parts.llm, seed=seed + 2, hidden_size=sizes.text_width, **(opt or {}))
+    return parts
+
+
+def make_vit(vit: VitName, *, seed: int = 0, sizes: PartSizes | None = None) -> dict[str, Tensor]:
+    """The file of a ViT."""
+    sizes = sizes or PartSizes()
+    return _drawn((_eva_shapes if vit == "eva" else _clip_shapes)(sizes), seed)
+
+
+def make_trained(
+    vit: VitName, projection: str, *, seed: int = 0, sizes: PartSizes | None = None, text_side: bool = False
+) -> dict[str, Tensor]:
+    """The trained part; with ``text_side``, the Q-Former's layers for texts are there too."""
+    sizes = sizes or PartSizes()
+    width, vision = sizes.qformer_width, sizes.vision_width(vit)
+    shapes: dict[str, tuple[int, ...]] = {"query_tokens": (1, sizes.num_query_tokens, width)}
+    shapes |= _norm("ln_vision", vision) | _norm("Qformer.bert.embeddings.LayerNorm", width)
+    for index in range(sizes.qformer_layers):
+        layer = f"Qformer.bert.encoder.layer.{index}"
+        shapes |= _attention(f"{layer}.attention", width, width)
+        if index % sizes.cross_attention_frequency == 0:
+            shapes |= _attention(f"{layer}.crossattention", width, vision)
+        for suffix in ("_query", "") if text_side else ("_query",):
+            shapes |= _linear(f"{layer}.intermediate{suffix}.dense", 2 * width + 3, width)
+            shapes |= _linear(f"{layer}.output{suffix}.dense", width, 2 * width + 3)
+            shapes |= _norm(f"{layer}.output{suffix}.LayerNorm", width)
+    if text_side:
+        shapes["Qformer.bert.embeddings.word_embeddings.weight"] = (40, width)
+        shapes["Qformer.bert.embeddings.position_embeddings.weight"] = (16, width)
+        shapes["Qformer.cls.predictions.bias"] = (40,)
+    shapes |= _linear(projection, sizes.text_width, width)
+    return _drawn(shapes, seed)
+
+
+def save_opt(folder: Path, *, seed: int = 0, tokenizer_size: int = 320, **fields: Any) -> Path:
+    """Write a random OPT and its tokenizer, which knows no image token; ``fields`` are those of ``OPTConfig``."""
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config: dict[str, Any] = {
+        "vocab_size": 323,  # more rows than tokens, as OPT has: the placeholder <image> gets one
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "ffn_dim": 80,
+        "max_position_embeddings": 160,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+    model = OPTForCausalLM(OPTConfig(**(config | fields)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            parameter.copy_(_draw(name, tuple(parameter.shape), generator, gain=4))
+    model.tie_weights()
+    model.save_pretrained(folder)
+    make_tokenizer(tokenizer_size, image_token=False).save_pretrained(folder)
+    return folder
+
+
+def _eva_shapes(sizes: PartSizes) -> dict[str, tuple[int, ...]]:
+    width, patch, side = sizes.vision_width("eva"), sizes.patch_size, sizes.image_size // sizes.patch_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, side * side + 1, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+    }
+    for index in range(sizes.vision_blocks):
+        block = f"blocks.{index}"
+        shapes |= _norm(f"{block}.norm1", width) | _norm(f"{block}.norm2", width)
+        shapes |= {f"{block}.attn.qkv.weight": (3 * width, width)}
+        shapes |= {f"{block}.attn.q_bias": (width,), f"{block}.attn.v_bias": (width,)}
+        shapes |= _linear(f"{block}.attn.proj", width, width)
+        shapes |= _linear(f"{block}.mlp.fc1", 2 * width + 1, width) | _linear(f"{block}.mlp.fc2", width, 2 * width + 1)
+    return shapes | _norm("norm", width) | _linear("head", 32, width)
+
+
+def _clip_shapes(sizes: PartSizes) -> dict[str, tuple[int, ...]]:
+    width, patch, side = sizes.vision_width("clip"), sizes.patch_size, sizes.image_size // sizes.patch_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "class_embedding": (width,),
+        "positional_embedding": (side * side + 1, width),
+        "conv1.weight": (width, 3, patch, patch),
+        "proj": (width, 32),
+    }
+    for index in range(sizes.vision_blocks):
+        block = f"transformer.resblocks.{index}"
+        shapes |= _norm(f"{block}.ln_1", width) | _norm(f"{block}.ln_2", width)
+        shapes |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
+        shapes |= _linear(f"{block}.attn.out_proj", width, width)
+        shapes |= _linear(f"{block}.mlp.c_fc", 4 * width, width) | _linear(f"{block}.mlp.c_proj", width, 4 * width)
+    return shapes | _norm("ln_pre", width) | _norm("ln_post", width)
+
+
+def _attention(name: str, width: int, read: int) -> dict[str, tuple[int, ...]]:
+    shapes = _linear(f"{name}.self.query", width, width) | _linear(f"{name}.output.dense", width, width)
+    shapes |= _linear(f"{name}.self.key", width, read) | _linear(f"{name}.self.value", width, read)
+    return shapes | _norm(f"{name}.output.LayerNorm", width)
+
+
+def _linear(name: str, out: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (out, width), f"{name}.bias": (out,)}
+
+
+def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _drawn(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return {name: _draw(name, shape, generator, gain=2) for name, shape in sorted(shapes.items())}
+
+
+def _draw(name: str, shape: tuple[int, ...], generator: Any, *, gain: float) -> Tensor:
+    import torch
+
+    noise = torch.randn(shape, generator=generator)
+    is_norm = "norm" in name.lower() or ".ln_" in name or name.startswith("ln_")
+    if is_norm and name.endswith("weight"):
+        return 1 + 0.1 * noise
+    if name.endswith(("token", "tokens", "embedding", "embeddings.weight")) or "embed_" in name:
+        return noise * (0.1 if "patch" in name else 0.3)
+    if len(shape) < 2:
+        return 0.1 * noise
+    if len(shape) == 4:
+        return 0.1 * noise
+    return noise * gain * shape[1] ** -0.5
