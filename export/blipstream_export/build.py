@@ -30,7 +30,7 @@ from blipstream.contract import (
 )
 from blipstream.errors import BundleError, UnsupportedCheckpointError
 from blipstream_export.bundle import check_output, copy_models, list_files, new_bundle
-from blipstream_export.checkpoint import Checkpoint, load_model, open_checkpoint
+from blipstream_export.checkpoint import Checkpoint, Source, load_model, open_checkpoint
 from blipstream_export.generation import generation_notes, generation_section
 from blipstream_export.graphs import GraphInputs, export_graph, qformer_inputs, vision_inputs
 from blipstream_export.models.qformer import InstructionQFormer, QFormer
@@ -101,16 +101,16 @@ STAGES = ("checkpoint", "reference", VISION_ENCODER, QFORMER, "decoder", "bundle
 
 
 def build(
-    source: str,
+    source: str | Source,
     output: Path,
     options: BuildOptions | None = None,
     *,
     on_stage: Callable[[str], None] | None = None,
 ) -> BuildResult:
-    """Build the bundle ``output`` from a checkpoint: a folder or a hub id in the Hugging Face layout.
+    """Build the bundle ``output`` from a checkpoint.
 
     Args:
-        source: the checkpoint.
+        source: a folder or a hub id in the Hugging Face layout, or the parts of a checkpoint.
         output: the bundle's folder; it appears when the build has succeeded.
         options: what to build.
         on_stage: is called with each of :data:`STAGES` as it begins.
@@ -131,7 +131,9 @@ def build(
 class _Build:
     """One build into ``folder``; holds the checkpoint's model until the last graph is written."""
 
-    def __init__(self, source: str, folder: Path, options: BuildOptions, on_stage: Callable[[str], None]) -> None:
+    def __init__(
+        self, source: str | Source, folder: Path, options: BuildOptions, on_stage: Callable[[str], None]
+    ) -> None:
         self._source = source
         self._folder = folder
         self._options = options
@@ -148,7 +150,7 @@ class _Build:
             sizes = _decoder_sizes(self._options, checkpoint)
             model = load_model(checkpoint)
             generation = generation_section(model, checkpoint)
-            self.notes += [*tokenizer_notes(checkpoint), *generation_notes(model, checkpoint)]
+            self.notes += [*checkpoint.notes, *tokenizer_notes(checkpoint), *generation_notes(model, checkpoint)]
         with self._stage("reference"):
             reference = compute_reference(model, checkpoint, sizes)
         self._export_images(model, checkpoint)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from blipstream.contract import DecoderSection, ImageSection
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
@@ -26,13 +26,33 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _RESAMPLE: dict[int, Any] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
+class Weights(Protocol):
+    """Where the weights of a checkpoint are."""
+
+    def load(self, architecture: Any, **options: Any) -> Any:
+        """Load them by ``architecture.from_pretrained`` of transformers, with its ``options``; return what it does."""
+
+
+class Source(Protocol):
+    """Parts that can be opened as a checkpoint, and are not one in the Hugging Face layout."""
+
+    def open(self) -> Checkpoint:
+        """Check the parts without loading weights.
+
+        Raises:
+            UnsupportedCheckpointError: a kind of checkpoint, or a configuration, that is not served.
+            CheckpointError: files are missing, damaged or inconsistent.
+        """
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose files are all there, and what they say; no weights are loaded."""
 
     folder: Path
+    """Where its tokenizer is, and all the rest if it is in the Hugging Face layout."""
     name: str
-    """The folder's name, or the hub id."""
+    """The folder's or the file's name, or the hub id."""
     family: Family
     config: Any
     """The configuration in transformers, with ``num_query_tokens`` and the placeholder's id filled in where an old one
@@ -41,6 +61,9 @@ class Checkpoint:
     """The processor in transformers. It puts :attr:`num_soft_tokens` placeholders before a prompt, unless
     :attr:`placeholder_id` is None."""
     image: ImageSection
+    weights: Weights
+    notes: tuple[str, ...] = ()
+    """What a user should know, one sentence each."""
 
     @property
     def instructed(self) -> bool:
@@ -71,13 +94,15 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(source: str) -> Checkpoint:
-    """Open a folder or a hub id in the Hugging Face layout.
+def open_checkpoint(source: str | Source) -> Checkpoint:
+    """Open a folder or a hub id in the Hugging Face layout, or the parts of a checkpoint.
 
     Raises:
         UnsupportedCheckpointError: a kind of checkpoint, or a configuration, that is not served.
         CheckpointError: files are missing, truncated or inconsistent.
     """
+    if not isinstance(source, str):
+        return source.open()
     folder = _locate(source)
     name = folder.name if Path(source).exists() else source
     raw = read_json(folder / CONFIG_FILE)
@@ -88,11 +113,29 @@ def open_checkpoint(source: str) -> Checkpoint:
 
         config = getattr(transformers, family.image_side.config).from_pretrained(folder)
     config.num_query_tokens = _num_query_tokens(raw, headers, folder)
-    processor = load_processor(folder, family.image_side)
+    return assemble(folder, name, family, config, load_processor(folder, family.image_side), _Folder(folder))
+
+
+def assemble(
+    folder: Path,
+    name: str,
+    family: Family,
+    config: Any,
+    processor: Any,
+    weights: Weights,
+    notes: tuple[str, ...] = (),
+) -> Checkpoint:
+    """Make a checkpoint of what was read, once it agrees; the arguments are the fields of :class:`Checkpoint`.
+
+    Raises:
+        UnsupportedCheckpointError: a configuration that is not served.
+        CheckpointError: configuration and processor contradict each other.
+    """
     frame(processor, config, family.image_side, folder)
-    checkpoint = Checkpoint(folder, name, family, config, processor, _image_section(processor, config))
-    _check_text_config(checkpoint, source)
-    _check_frames(checkpoint, source)
+    image = _image_section(processor, config)
+    checkpoint = Checkpoint(folder, name, family, config, processor, image, weights, notes)
+    _check_text_config(checkpoint, name)
+    _check_frames(checkpoint, name)
     return checkpoint
 
 
@@ -107,18 +150,26 @@ def load_model(checkpoint: Checkpoint) -> Any:
 
     architecture = getattr(transformers, checkpoint.family.image_side.architecture)
     with faults_of(f"the weights of {checkpoint.folder}"):
-        loaded: Any = architecture.from_pretrained(
-            checkpoint.folder,
+        loaded = checkpoint.weights.load(
+            architecture,
             config=checkpoint.config,
             dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below, all of them together
             output_loading_info=True,
         )
     model, info = loaded
     _check_loading(info, checkpoint.folder)
     return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Weights in the Hugging Face layout."""
+
+    path: Path
+
+    def load(self, architecture: Any, **options: Any) -> Any:
+        return architecture.from_pretrained(self.path, local_files_only=True, use_safetensors=True, **options)
 
 
 def _locate(source: str) -> Path:

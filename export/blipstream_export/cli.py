@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,18 +18,23 @@ from blipstream.errors import BlipstreamError
 
 if TYPE_CHECKING:
     from blipstream_export.build import BuildResult
+    from blipstream_export.checkpoint import Source
 
 _EXTRA = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "PIL")
 _KIB = 1024
+_LAVIS = "A checkpoint in LAVIS's layout"
 
 
 def build(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="A folder, or a hub id, in the Hugging Face layout.")
-    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The folder that becomes the bundle.")
     ],
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A folder, or a hub id, in the Hugging Face layout.", show_default=False
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(help="Precision of the graphs: fp32.")] = "fp32",
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences that decode at once.")] = 16,
     max_tokens: Annotated[
@@ -41,20 +46,79 @@ def build(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    lavis: Annotated[
+        Path | None,
+        typer.Option(metavar="QFORMER.pth", help="The trained part, in place of CHECKPOINT.", rich_help_panel=_LAVIS),
+    ] = None,
+    vision: Annotated[
+        Path | None,
+        typer.Option(metavar="VIT.pth", help="Its ViT: eva_vit_g, or CLIP ViT-L/14.", rich_help_panel=_LAVIS),
+    ] = None,
+    llm: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Its language model, in the Hugging Face layout.", rich_help_panel=_LAVIS),
+    ] = None,
+    vision_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Blocks of the ViT to keep.", show_default="as LAVIS keeps them", rich_help_panel=_LAVIS
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Pixels of an image's side.",
+            show_default="as the ViT's position embeddings",
+            rich_help_panel=_LAVIS,
+        ),
+    ] = None,
 ) -> None:
     """Export a checkpoint into a bundle that Triton serves, and prove that it computes the same."""
     console, errors = Console(), Console(stderr=True)
     try:
+        parts = {"vision": vision, "llm": llm, "vision_layers": vision_layers, "image_size": image_size}
         with _terminated_cleanly(), _progress(console) as on_stage:
-            result = _run(checkpoint, output, precision, max_sequences, max_tokens, force, on_stage)
+            source = _source(checkpoint, lavis, parts)
+            result = _run(source, output, precision, max_sequences, max_tokens, force, on_stage)
     except (BlipstreamError, OSError) as error:  # of the latter: no space left, or no permission to write
         errors.print(f"blipstream build: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     show(result, console)
 
 
+def _source(checkpoint: str | None, trained: Path | None, parts: Mapping[str, Any]) -> str | Source:
+    """What is to be built: CHECKPOINT, or the parts of one in LAVIS's layout."""
+    given = [f"--{name.replace('_', '-')}" for name, value in parts.items() if value is not None]
+    if checkpoint is not None and trained is not None:
+        raise BlipstreamError("CHECKPOINT and --lavis were given, and one of them says what to build")
+    if checkpoint is not None:
+        if given:
+            raise BlipstreamError(f"{', '.join(given)}: only a checkpoint that --lavis names has such parts")
+        return checkpoint
+    if trained is None:
+        raise BlipstreamError("neither CHECKPOINT nor --lavis was given, and one of them says what to build")
+    if parts["llm"] is None:
+        raise BlipstreamError("--lavis names the trained part alone: its language model is expected as --llm FOLDER")
+    with _extra():
+        from blipstream_export.lavis.composition import LavisParts
+
+        return LavisParts(trained, **parts)
+
+
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Say what to install where something of the extra is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        raise BlipstreamError(f"{error.name} is not installed: building a bundle needs blipstream[export]") from None
+
+
 def _run(
-    checkpoint: str,
+    checkpoint: str | Source,
     output: Path,
     precision: str,
     max_sequences: int,
@@ -62,12 +126,8 @@ def _run(
     force: bool,
     on_stage: Callable[[str], None],
 ) -> BuildResult:
-    try:
+    with _extra():
         from blipstream_export import build as builder
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
-            raise
-        raise BlipstreamError(f"{error.name} is not installed: building a bundle needs blipstream[export]") from None
     options = builder.BuildOptions(
         precision=precision, max_sequences=max_sequences, max_tokens=max_tokens, replace=force
     )

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
+from blipstream_export.checkpoint import Checkpoint, assemble
+from blipstream_export.families import Family, find_family
 from blipstream_export.lavis.files import read_tensors
 from blipstream_export.lavis.language import LanguagePart, read_language_model
 from blipstream_export.lavis.parts import Part, PartFile
@@ -17,6 +19,8 @@ from blipstream_export.lavis.vision import LN_VISION_EPS, Vit, VitKind, find_kin
 
 VISION_PREFIX = "visual_encoder."
 """What stands before the ViT's names where the trained part holds it, because it was trained as well."""
+
+_DEFAULTS = "requests that say nothing are decoded greedily, as transformers does it, where LAVIS searches with 5 beams"
 
 _LANGUAGE_MODELS = ("opt_model.", "t5_model.", "llm_model.")
 
@@ -36,10 +40,24 @@ class LavisParts:
     image_size: int | None = None
     """Height and width of images in pixels; by default what the ViT's position embeddings are for."""
 
+    def open(self) -> Checkpoint:
+        """Compose the checkpoint; it is named after the trained part.
+
+        Raises:
+            UnsupportedCheckpointError: a part is of a kind that is not served.
+            CheckpointError: a part is missing, damaged or does not fit the others.
+        """
+        composition = compose(self)
+        config, language = composition.config, composition.language
+        raw = {"model_type": config.model_type, "text_config": {"model_type": language.config.model_type}}
+        family = find_family(raw, str(self.trained))
+        processor = _processor(family, config, language.tokenizer)
+        return assemble(self.llm, self.trained.stem, family, config, processor, composition, notes=composition.notes)
+
 
 @dataclass(frozen=True)
 class Composition:
-    """Parts that fit together; of their weights, only what is computed from several tensors has been read."""
+    """Parts that fit together, and how they are loaded; hardly any weights have been read."""
 
     config: Any
     """A ``Blip2Config``. What the ViT has beyond transformers' own is in ``vit``."""
@@ -58,9 +76,20 @@ class Composition:
         vision = {f"vision_model.{name}": tensor for name, tensor in self.vit.tensors.items()}
         return {**vision, **self.trained.tensors, **self.language.tensors()}
 
-    def adapt(self, model: Any) -> None:
-        """Give a model of transformers what LAVIS's ViT has and transformers' has not; before weights are loaded."""
-        adapt_vision(model.vision_model, self.vit.kind)
+    def load(self, architecture: Any, **options: Any) -> Any:
+        """Load all weights into ``architecture`` of transformers, whose ViT becomes LAVIS's.
+
+        Raises:
+            CheckpointError: the language model's weights are missing or damaged.
+        """
+        kind = self.vit.kind
+
+        class Composed(architecture):  # type: ignore[misc]
+            def __init__(self, config: Any) -> None:
+                super().__init__(config)
+                adapt_vision(self.vision_model, kind)
+
+        return Composed.from_pretrained(None, state_dict=self.tensors(), **options)
 
 
 def compose(parts: LavisParts) -> Composition:
@@ -78,7 +107,7 @@ def compose(parts: LavisParts) -> Composition:
     vit = read_vit(vision, image_size=parts.image_size, layers=parts.vision_layers, carried=carried)
     language = read_language_model(parts.llm)
     _check_fit(trained, vit, language, parts.trained, vision.origin)
-    notes = (*vit.notes, *(other.account for other in (file, *others)), *language.notes)
+    notes = (*vit.notes, *(other.account for other in (file, *others)), *language.notes, _DEFAULTS)
     return Composition(_config(trained, vit, language), vit, trained, language, notes)
 
 
@@ -136,6 +165,19 @@ def _check_fit(trained: Trained, vit: Vit, language: LanguagePart, path: Path, v
             f"{trained.projection} of {path} projects to width {trained.text_width}, and the language model "
             f"{language.folder} is {language.config.hidden_size} wide"
         )
+
+
+def _processor(family: Family, config: Any, tokenizer: Any) -> Any:
+    """Images as LAVIS's ``blip_image_eval`` prepares them: a bicubic square, by CLIP's mean and deviation."""
+    import transformers
+    from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    side = config.vision_config.image_size
+    images = transformers.BlipImageProcessor(
+        size={"height": side, "width": side}, resample=3, image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD
+    )
+    processor = getattr(transformers, family.image_side.processor)
+    return processor(images, tokenizer, num_query_tokens=config.num_query_tokens)
 
 
 def _config(trained: Trained, vit: Vit, language: LanguagePart) -> Any:

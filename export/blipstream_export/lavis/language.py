@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
-from blipstream_export.checkpoint import CONFIG_FILE, _faults_of
+from blipstream_export.checkpoint import CONFIG_FILE, faults_of
 from blipstream_export.lavis.files import read_tensors
 from blipstream_export.weights import INDEX_FILE, WEIGHTS_FILE, read_headers, read_json
 
@@ -66,7 +66,7 @@ def read_language_model(folder: Path) -> LanguagePart:
     _weight_files(folder)
     from transformers import AutoConfig, AutoTokenizer
 
-    with _faults_of(f"the configuration and tokenizer of {folder}"):
+    with faults_of(f"the configuration and tokenizer of {folder}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return LanguagePart(folder, config, tokenizer, _SET_UP[model_type](config, tokenizer))
