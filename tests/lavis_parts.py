@@ -10,7 +10,7 @@ the image. torch and transformers are imported by the functions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -107,6 +107,16 @@ def make_trained(
         shapes["Qformer.cls.predictions.bias"] = (40,)
     shapes |= _linear(projection, sizes.text_width, width)
     return _drawn(shapes, seed)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
+    """Put a changed file in the place of one of these; who has mapped the old one keeps it."""
+    import torch
+
+    contents = torch.load(path, weights_only=True)
+    changed = contents | {"model": change(contents["model"])} if "model" in contents else change(contents)
+    torch.save(changed, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
 
 
 def save_opt(folder: Path, *, seed: int = 0, tokenizer_size: int = 320, **fields: Any) -> Path:
