@@ -17,12 +17,16 @@ from blipstream_export.weights import read_json
 if TYPE_CHECKING:
     from blipstream_export.families import ImageSide
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt")
 _QFORMER_TOKENIZER = "qformer_tokenizer"
-_QFORMER_TOKENIZER_FILES = (f"{_QFORMER_TOKENIZER}/tokenizer.json", f"{_QFORMER_TOKENIZER}/vocab.txt")
 _PROCESSOR_FILE = "processor_config.json"
-_IMAGE_FILES = (_PROCESSOR_FILE, "preprocessor_config.json")
-_VIDEO_FILES = (_PROCESSOR_FILE, "video_preprocessor_config.json", "preprocessor_config.json")
+
+FILES = {
+    "tokenizer": ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "vocab.txt"),
+    "image processor": (_PROCESSOR_FILE, "preprocessor_config.json"),
+    "video processor": (_PROCESSOR_FILE, "video_preprocessor_config.json", "preprocessor_config.json"),
+    "tokenizer of the Q-Former": (f"{_QFORMER_TOKENIZER}/tokenizer.json", f"{_QFORMER_TOKENIZER}/vocab.txt"),
+}
+"""Files by their kind; a folder needs one of each kind that is asked of it."""
 
 
 def load_processor(folder: Path, side: ImageSide) -> Any:
@@ -33,7 +37,7 @@ def load_processor(folder: Path, side: ImageSide) -> Any:
     """
     import transformers
 
-    _check_files(folder, side)
+    check_files(folder, *_needed(side))
     with faults_of(f"the tokenizer and image processor of {folder}"):
         if side.num_frames > 1:
             processor = _frames_processor(folder, side)
@@ -67,15 +71,25 @@ def frame(processor: Any, config: Any, side: ImageSide, folder: Path) -> None:
     processor.num_query_tokens = config.num_query_tokens * side.num_frames if framed else None
 
 
-def _check_files(folder: Path, side: ImageSide) -> None:
-    """See that the files are there: transformers would make up what they should say."""
-    images = _IMAGE_FILES if side.num_frames == 1 else _VIDEO_FILES
-    expected = [("tokenizer", _TOKENIZER_FILES), ("image processor", images)]
-    if side.instructed:
-        expected.append(("tokenizer of the Q-Former", _QFORMER_TOKENIZER_FILES))
-    for what, files in expected:
-        if not any((folder / name).is_file() for name in files):
-            raise CheckpointError(f"the checkpoint {folder} holds no {what}: expected one of {', '.join(files)}")
+def _needed(side: ImageSide) -> list[str]:
+    """Kinds of files without which a checkpoint of this image side is not whole."""
+    images = "image processor" if side.num_frames == 1 else "video processor"
+    return ["tokenizer", images, *(["tokenizer of the Q-Former"] if side.instructed else [])]
+
+
+def check_files(folder: Path, *kinds: str) -> None:
+    """See that files of these kinds are there: transformers would make up what they should say.
+
+    Args:
+        folder: a checkpoint's, or a language model's.
+        kinds: keys of :data:`FILES`.
+
+    Raises:
+        CheckpointError: a kind of which the folder holds none.
+    """
+    for kind in kinds:
+        if not any((folder / name).is_file() for name in FILES[kind]):
+            raise CheckpointError(f"the checkpoint {folder} holds no {kind}: expected one of {', '.join(FILES[kind])}")
 
 
 def _placeholder_id(processor: Any, config: Any, side: ImageSide) -> int | None:
@@ -102,13 +116,15 @@ def _frames_processor(folder: Path, side: ImageSide) -> Any:
 
 def _frame_transform(folder: Path) -> dict[str, Any]:
     """How a frame becomes ``pixel_values``: fields of a video processor that image processors share."""
-    for name in _VIDEO_FILES:
+    for name in FILES["video processor"]:
         if (folder / name).is_file():
             fields = read_json(folder / name)
             fields = fields.get("video_processor", fields) if name == _PROCESSOR_FILE else fields
             if "size" in fields:
                 return {key: fields[key] for key in _TRANSFORM if key in fields}
-    raise CheckpointError(f"the checkpoint {folder} does not say how a frame is resized, in {', '.join(_VIDEO_FILES)}")
+    raise CheckpointError(
+        f"the checkpoint {folder} does not say how a frame is resized, in {', '.join(FILES['video processor'])}"
+    )
 
 
 _TRANSFORM = (

@@ -210,7 +210,7 @@ VIDEO_FAULTS: dict[str, tuple[Fault, type[Exception], str]] = {
     "no processor": (
         remove("processor_config.json"),
         CheckpointError,
-        "holds no image processor: expected one of processor_config.json, video_preprocessor_config.json",
+        "holds no video processor: expected one of processor_config.json, video_preprocessor_config.json",
     ),
     "another placeholder": (
         put(video_token_index=3),

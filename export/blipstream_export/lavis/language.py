@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
-from blipstream_export.checkpoint import CONFIG_FILE, faults_of
+from blipstream_export.checkpoint import CONFIG_FILE
+from blipstream_export.faults import faults_of
 from blipstream_export.lavis.files import read_tensors
+from blipstream_export.processors import check_files
 from blipstream_export.weights import INDEX_FILE, WEIGHTS_FILE, read_headers, read_json
 
 PREFIX = "language_model."
@@ -57,6 +59,10 @@ def read_language_model(folder: Path) -> LanguagePart:
         UnsupportedCheckpointError: LAVIS composes no checkpoint with a language model of this kind.
         CheckpointError: files are missing or damaged.
     """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder, and a language model in the Hugging Face layout was expected there"
+        )
     model_type = read_json(folder / CONFIG_FILE).get("model_type")
     if not isinstance(model_type, str) or model_type not in _SET_UP:
         raise UnsupportedCheckpointError(
@@ -64,6 +70,7 @@ def read_language_model(folder: Path) -> LanguagePart:
             f"{', '.join(map(repr, _SET_UP))}"
         )
     _weight_files(folder)
+    check_files(folder, "tokenizer")
     from transformers import AutoConfig, AutoTokenizer
 
     with faults_of(f"the configuration and tokenizer of {folder}"):

@@ -237,10 +237,8 @@ def test_generation_is_that_of_the_conversion(parts: SavedParts) -> None:
     checkpoint = opened(parts)
     check_tokenizer(checkpoint)
     assert (checkpoint.name, checkpoint.family.kind) == ("blip2_trained", "blip2-opt")
-    assert generation_section(
-        load_model(checkpoint), image_token_id=checkpoint.config.image_token_index
-    ).model_dump() == {
-        "bos_token_id": 2,
+    assert generation_section(load_model(checkpoint), checkpoint).model_dump() == {
+        "empty_prompt_ids": (2,),
         "eos_token_ids": (202,),  # the line break
         "pad_token_id": 1,
         "image_token_id": 320,  # behind the tokenizer's own, where OPT has a row to spare
