@@ -33,6 +33,8 @@ class PartSizes:
     vision_heads: int = 2
     vision_blocks: int = 3
     """In the file."""
+    vision_inner: int | None = None
+    """Width of the feed-forward layers; of EVA; by default something odd (CLIP always has 4 times the width)."""
     num_query_tokens: int = 6
     qformer_heads: int = 1
     qformer_layers: int = 3
@@ -45,6 +47,24 @@ class PartSizes:
     @property
     def qformer_width(self) -> int:
         return 64 * self.qformer_heads
+
+    @property
+    def qformer_inner(self) -> int:
+        return 4 * self.qformer_width if self.qformer_heads == 12 else 2 * self.qformer_width + 3
+
+
+def true_sizes(vit: VitName) -> PartSizes:
+    """LAVIS's own widths and heads; only the numbers of layers are small."""
+    return PartSizes(
+        image_size=224,
+        patch_size=14,
+        vision_heads=16,
+        vision_inner=6144 if vit == "eva" else None,
+        num_query_tokens=32,
+        qformer_heads=12,
+        qformer_layers=2,
+        text_width=2560,
+    )
 
 
 @dataclass(frozen=True)
@@ -98,8 +118,8 @@ def make_trained(
         if index % sizes.cross_attention_frequency == 0:
             shapes |= _attention(f"{layer}.crossattention", width, vision)
         for suffix in ("_query", "") if text_side else ("_query",):
-            shapes |= _linear(f"{layer}.intermediate{suffix}.dense", 2 * width + 3, width)
-            shapes |= _linear(f"{layer}.output{suffix}.dense", width, 2 * width + 3)
+            shapes |= _linear(f"{layer}.intermediate{suffix}.dense", sizes.qformer_inner, width)
+            shapes |= _linear(f"{layer}.output{suffix}.dense", width, sizes.qformer_inner)
             shapes |= _norm(f"{layer}.output{suffix}.LayerNorm", width)
     if text_side:
         shapes["Qformer.bert.embeddings.word_embeddings.weight"] = (40, width)
@@ -148,6 +168,7 @@ def save_opt(folder: Path, *, seed: int = 0, tokenizer_size: int = 320, **fields
 
 def _eva_shapes(sizes: PartSizes) -> dict[str, tuple[int, ...]]:
     width, patch, side = sizes.vision_width("eva"), sizes.patch_size, sizes.image_size // sizes.patch_size
+    inner = sizes.vision_inner or 2 * width + 1
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, side * side + 1, width),
@@ -160,7 +181,7 @@ def _eva_shapes(sizes: PartSizes) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{block}.attn.qkv.weight": (3 * width, width)}
         shapes |= {f"{block}.attn.q_bias": (width,), f"{block}.attn.v_bias": (width,)}
         shapes |= _linear(f"{block}.attn.proj", width, width)
-        shapes |= _linear(f"{block}.mlp.fc1", 2 * width + 1, width) | _linear(f"{block}.mlp.fc2", width, 2 * width + 1)
+        shapes |= _linear(f"{block}.mlp.fc1", inner, width) | _linear(f"{block}.mlp.fc2", width, inner)
     return shapes | _norm("norm", width) | _linear("head", 32, width)
 
 

@@ -19,8 +19,8 @@ from blipstream.errors import CheckpointError, UnsupportedCheckpointError
 from blipstream_export.lavis.parts import Part
 
 LN_VISION_EPS = 1e-5
-"""Epsilon of ``ln_vision``, torch's default (``lavis/models/blip2_models/blip2.py``); transformers' own conversion
-gives it the 1e-6 of the blocks."""
+"""Epsilon of ``ln_vision``, torch's default (``lavis/models/blip2_models/blip2.py``); transformers has one epsilon for
+the whole of its ViT, and none for this norm."""
 
 
 @dataclass(frozen=True)
