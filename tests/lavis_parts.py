@@ -155,14 +155,16 @@ def save_opt(folder: Path, *, seed: int = 0, tokenizer_size: int = 320, **fields
         "eos_token_id": 2,
         "pad_token_id": 1,
     }
+    tokenizer = make_tokenizer(tokenizer_size, image_token=False)
     model = OPTForCausalLM(OPTConfig(**(config | fields)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             parameter.copy_(_draw(name, tuple(parameter.shape), generator, gain=4))
+        model.get_input_embeddings().weight[tokenizer("\n")["input_ids"][-1]] *= 2  # so that some texts end
     model.tie_weights()
     model.save_pretrained(folder)
-    make_tokenizer(tokenizer_size, image_token=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

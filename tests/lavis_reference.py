@@ -119,10 +119,14 @@ class LavisReference:
         return ((scaled - MEAN[:, None, None]) / STD[:, None, None])[None]
 
     @torch.no_grad()
-    def generate(self, image: Image.Image, prompt: str, max_new_tokens: int) -> tuple[list[int], str]:
-        """Greedy tokens and their text; a text ends at a line break, as LAVIS's ``Blip2OPT.generate`` has it."""
-        ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        embeds = torch.cat([self.soft_tokens(self.pixel_values(image)), self.model.get_input_embeddings()(ids)], dim=1)
+    def generate(self, ask: Any, *, max_new_tokens: int) -> tuple[list[int], str]:
+        """Greedy tokens and their text for ``ask.image`` and ``ask.prompt``.
+
+        A text ends at a line break, as LAVIS's ``Blip2OPT.generate`` has it.
+        """
+        ids = self.tokenizer(ask.prompt, return_tensors="pt")["input_ids"]
+        soft_tokens = self.soft_tokens(self.pixel_values(ask.image))
+        embeds = torch.cat([soft_tokens, self.model.get_input_embeddings()(ids)], dim=1)
         output = self.model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64),
