@@ -54,9 +54,9 @@ class PartSizes:
 
 
 def true_sizes(vit: VitName) -> PartSizes:
-    """LAVIS's own widths and heads; only the numbers of layers are small."""
+    """LAVIS's own widths, heads and patches; only the numbers of layers and patches are small."""
     return PartSizes(
-        image_size=224,
+        image_size=112,
         patch_size=14,
         vision_heads=16,
         vision_inner=6144 if vit == "eva" else None,
