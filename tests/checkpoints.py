@@ -155,14 +155,14 @@ def draw_weights(model: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            _draw(name, parameter, generator)
+            draw(name, parameter, generator)
     model.tie_weights()
     text_config = model.config.text_config
     LANGUAGES[text_config.model_type].finish(model.language_model, seed)
     return model.eval()
 
 
-def _draw(name: str, parameter: Any, generator: Any) -> None:
+def draw(name: str, parameter: Any, generator: Any) -> None:
     """Matrices outweigh the residual stream, so that text varies; norms stay near 1, biases near 0."""
     import torch
 

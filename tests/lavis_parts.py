@@ -15,13 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tests.checkpoints import make_tokenizer
+from tests.checkpoints import draw
+from tests.instructblip import QFORMER_POSITIONS, QFORMER_VOCAB_SIZE, make_qformer_tokenizer
+from tests.languages import LANGUAGES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VitName = Literal["eva", "clip"]
 HEAD_DIMS: Mapping[str, int] = {"eva": 88, "clip": 64}
+PROJECTIONS: Mapping[str, str] = {"opt": "opt_proj", "t5": "t5_proj", "llama": "llm_proj"}
+SPARE_ROWS = 3
+"""More rows than tokens, as published language models have: the placeholder <image> gets one."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class PartSizes:
         return 4 * self.qformer_width if self.qformer_heads == 12 else 2 * self.qformer_width + 3
 
 
-def true_sizes(vit: VitName) -> PartSizes:
+def true_sizes(vit: VitName, *, text_width: int = 2560) -> PartSizes:
     """LAVIS's own widths, heads and patches; only the numbers of layers and patches are small."""
     return PartSizes(
         image_size=112,
@@ -63,7 +68,7 @@ def true_sizes(vit: VitName) -> PartSizes:
         num_query_tokens=32,
         qformer_heads=12,
         qformer_layers=2,
-        text_width=2560,
+        text_width=text_width,
     )
 
 
@@ -74,27 +79,48 @@ class SavedParts:
     trained: Path
     vision: Path
     llm: Path
+    qformer_tokenizer: Path | None = None
 
 
 def save_parts(
     folder: Path,
     vit: VitName = "eva",
+    language: str = "opt",
     *,
     seed: int = 0,
     sizes: PartSizes | None = None,
     text_side: bool = False,
-    opt: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
 ) -> SavedParts:
-    """Write the parts of a BLIP-2 with OPT into ``folder``; ``opt`` overrides fields of its ``OPTConfig``."""
+    """Write the parts of a checkpoint into ``folder``.
+
+    Args:
+        folder: where they go.
+        vit: the kind of ViT.
+        language: the kind of language model, by its ``model_type``.
+        seed: of all random numbers.
+        sizes: of everything but the language model.
+        text_side: give the Q-Former its layers for texts: InstructBLIP, unless the language model is OPT.
+        text: overrides fields of the language model's configuration.
+    """
     import torch
 
     sizes = sizes or PartSizes()
     folder.mkdir(parents=True, exist_ok=True)
-    parts = SavedParts(folder / "blip2_trained.pth", folder / f"{vit}_vit.pth", folder / "llm")
-    trained = make_trained(vit, "opt_proj", seed=seed + 1, sizes=sizes, text_side=text_side)
+    instructed = text_side and language != "opt"
+    parts = SavedParts(
+        trained=folder / "blip2_trained.pth",
+        vision=folder / f"{vit}_vit.pth",
+        llm=folder / "llm",
+        qformer_tokenizer=folder / "bert" if instructed else None,
+    )
+    trained = make_trained(vit, PROJECTIONS[language], seed=seed + 1, sizes=sizes, text_side=text_side)
     torch.save({"model": trained, "optimizer": {"state": {0: torch.zeros(3)}}, "epoch": 4}, parts.trained)
     torch.save(make_vit(vit, seed=seed, sizes=sizes), parts.vision)
-    save_opt(parts.llm, seed=seed + 2, hidden_size=sizes.text_width, **(opt or {}))
+    width = "d_model" if language == "t5" else "hidden_size"
+    save_language_model(parts.llm, language, seed=seed + 2, text={width: sizes.text_width, **(text or {})})
+    if parts.qformer_tokenizer:
+        make_qformer_tokenizer().save_pretrained(parts.qformer_tokenizer)
     return parts
 
 
@@ -122,9 +148,9 @@ def make_trained(
             shapes |= _linear(f"{layer}.output{suffix}.dense", width, sizes.qformer_inner)
             shapes |= _norm(f"{layer}.output{suffix}.LayerNorm", width)
     if text_side:
-        shapes["Qformer.bert.embeddings.word_embeddings.weight"] = (40, width)
-        shapes["Qformer.bert.embeddings.position_embeddings.weight"] = (16, width)
-        shapes["Qformer.cls.predictions.bias"] = (40,)
+        shapes["Qformer.bert.embeddings.word_embeddings.weight"] = (QFORMER_VOCAB_SIZE + 1, width)  # and [DEC]
+        shapes["Qformer.bert.embeddings.position_embeddings.weight"] = (QFORMER_POSITIONS, width)
+        shapes["Qformer.cls.predictions.bias"] = (QFORMER_VOCAB_SIZE + 1,)
     shapes |= _linear(projection, sizes.text_width, width)
     return _drawn(shapes, seed)
 
@@ -139,30 +165,26 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tenso
     path.with_suffix(".new").replace(path)
 
 
-def save_opt(folder: Path, *, seed: int = 0, tokenizer_size: int = 320, **fields: Any) -> Path:
-    """Write a random OPT and its tokenizer, which knows no image token; ``fields`` are those of ``OPTConfig``."""
+def save_language_model(
+    folder: Path, language: str = "opt", *, seed: int = 0, text: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a random language model and its tokenizer, which knows no image token; ``text`` is of its configuration."""
     import torch
-    from transformers import OPTConfig, OPTForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config: dict[str, Any] = {
-        "vocab_size": 323,  # more rows than tokens, as OPT has: the placeholder <image> gets one
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "ffn_dim": 80,
-        "max_position_embeddings": 160,
-        "bos_token_id": 2,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-    }
-    tokenizer = make_tokenizer(tokenizer_size, image_token=False)
-    model = OPTForCausalLM(OPTConfig(**(config | fields)))
+    kind = LANGUAGES[language]
+    tokenizer = kind.tokenizer(image_token=False)
+    config = kind.config(len(tokenizer) + SPARE_ROWS, text)
+    auto = AutoModelForSeq2SeqLM if language == "t5" else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(**config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            parameter.copy_(_draw(name, tuple(parameter.shape), generator, gain=4))
-        model.get_input_embeddings().weight[tokenizer("\n")["input_ids"][-1]] *= 2  # so that some texts end
+            draw(f"language_model.{name}", parameter, generator)
+        if language == "opt":
+            model.get_input_embeddings().weight[tokenizer("\n")["input_ids"][-1]] *= 2  # so that some texts end
     model.tie_weights()
+    kind.finish(model, seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -222,10 +244,10 @@ def _drawn(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    return {name: _draw(name, shape, generator, gain=2) for name, shape in sorted(shapes.items())}
+    return {name: _draw(name, shape, generator) for name, shape in sorted(shapes.items())}
 
 
-def _draw(name: str, shape: tuple[int, ...], generator: Any, *, gain: float) -> Tensor:
+def _draw(name: str, shape: tuple[int, ...], generator: Any) -> Tensor:
     import torch
 
     noise = torch.randn(shape, generator=generator)
@@ -238,4 +260,4 @@ def _draw(name: str, shape: tuple[int, ...], generator: Any, *, gain: float) -> 
         return 0.1 * noise
     if len(shape) == 4:
         return 0.1 * noise
-    return noise * gain * shape[1] ** -0.5
+    return 2 * noise * shape[1] ** -0.5

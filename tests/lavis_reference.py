@@ -8,6 +8,7 @@ Nothing here uses the exporter.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
+
+from tests.lavis_parts import SavedParts
 
 Tensors = Mapping[str, Tensor]
 
@@ -74,9 +77,6 @@ def clip_vit(tensors: Tensors, pixel_values: Tensor, blocks: int) -> Tensor:
     return x
 
 
-VITS = {"eva": eva_vit, "clip": clip_vit}
-
-
 def _resized(positions: Tensor, side: int, *, align_corners: bool) -> Tensor:
     """Position embeddings (1 + P, C) for ``side`` x ``side`` patches."""
     old = round((len(positions) - 1) ** 0.5)
@@ -90,12 +90,14 @@ def _resized(positions: Tensor, side: int, *, align_corners: bool) -> Tensor:
 class LavisReference:
     """The composed model: ViT and ``ln_vision``, Q-Former, projection, language model, one request at a time."""
 
-    def __init__(self, trained: Path, vision: Path, llm: Path, vit: str, blocks: int, image_size: int) -> None:
-        self.tensors: dict[str, Tensor] = torch.load(trained, weights_only=True)["model"]
-        self._vision: dict[str, Tensor] = torch.load(vision, weights_only=True)
-        self._vit, self._blocks, self._image_size = VITS[vit], blocks, image_size
-        self._qformer = _load_qformer(self.tensors)
-        self.tokenizer, self.model = _load_opt(llm)
+    def __init__(self, parts: SavedParts, blocks: int, image_size: int) -> None:
+        self.tensors: dict[str, Tensor] = torch.load(parts.trained, weights_only=True)["model"]
+        self._vision: dict[str, Tensor] = torch.load(parts.vision, weights_only=True)
+        self._vit = eva_vit if "pos_embed" in self._vision else clip_vit
+        self._blocks, self._image_size = blocks, image_size
+        self._qformer = _load_qformer(self.tensors, instructed=parts.qformer_tokenizer is not None)
+        self._qformer_tokenizer = _load_tokenizer(parts.qformer_tokenizer)
+        self._language = _load_language_model(parts.llm)
 
     @torch.no_grad()
     def image_embeds(self, pixel_values: Tensor) -> Tensor:
@@ -105,12 +107,19 @@ class LavisReference:
         return functional.layer_norm(features, features.shape[-1:], *norm, eps=1e-5)
 
     @torch.no_grad()
-    def soft_tokens(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, Q, D)."""
+    def soft_tokens(self, pixel_values: Tensor, prompt: str = "") -> Tensor:
+        """(B, 3, S, S) -> (B, Q, D); the prompt counts where the Q-Former reads instructions."""
         embeds = self.image_embeds(pixel_values)
         queries = self.tensors["query_tokens"].expand(len(embeds), -1, -1)
-        read = self._qformer(query_embeds=queries, encoder_hidden_states=embeds).last_hidden_state
-        return functional.linear(read, self.tensors["opt_proj.weight"], self.tensors["opt_proj.bias"])
+        text = {}
+        if self._qformer_tokenizer is not None:
+            ids = self._qformer_tokenizer(prompt, return_tensors="pt")["input_ids"].expand(len(embeds), -1)
+            seen = torch.ones(len(embeds), queries.shape[1] + ids.shape[1], dtype=torch.int64)
+            text = {"input_ids": ids, "attention_mask": seen}
+        read = self._qformer(query_embeds=queries, encoder_hidden_states=embeds, **text).last_hidden_state
+        (name,) = {name for name in ("opt_proj", "t5_proj", "llm_proj") if f"{name}.weight" in self.tensors}
+        read = read[:, : queries.shape[1]]
+        return functional.linear(read, self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"])
 
     def pixel_values(self, image: Image.Image) -> Tensor:
         """(1, 3, S, S), as LAVIS's ``blip_image_eval`` makes them."""
@@ -120,52 +129,87 @@ class LavisReference:
 
     @torch.no_grad()
     def generate(self, ask: Any, *, max_new_tokens: int) -> tuple[list[int], str]:
-        """Greedy tokens and their text for ``ask.image`` and ``ask.prompt``.
-
-        A text ends at a line break, as LAVIS's ``Blip2OPT.generate`` has it.
-        """
-        ids = self.tokenizer(ask.prompt, return_tensors="pt")["input_ids"]
-        soft_tokens = self.soft_tokens(self.pixel_values(ask.image))
-        embeds = torch.cat([soft_tokens, self.model.get_input_embeddings()(ids)], dim=1)
-        output = self.model.generate(
+        """Greedy tokens and their text for ``ask.image`` and ``ask.prompt``, as LAVIS's ``generate`` makes them."""
+        language = self._language
+        ids = torch.tensor([language.encode(ask.prompt)])
+        soft_tokens = self.soft_tokens(self.pixel_values(ask.image), ask.prompt)
+        embeds = torch.cat([soft_tokens, language.model.get_input_embeddings()(ids)], dim=1)
+        output = language.model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=self.tokenizer("\n", add_special_tokens=False)["input_ids"][0],
+            eos_token_id=language.end,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
-        tokens = output[0].tolist()
-        return tokens, self.tokenizer.decode(tokens, skip_special_tokens=True)
+        tokens: list[int] = output.sequences[0, -len(output.logits) :].tolist()
+        return tokens, language.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _load_qformer(tensors: Tensors) -> Any:
-    from transformers import Blip2QFormerConfig, Blip2QFormerModel
+@dataclass(frozen=True)
+class _LanguageModel:
+    """A language model as LAVIS sets it up in ``blip2_opt.py``, ``blip2_t5.py`` and ``blip2_vicuna_instruct.py``."""
+
+    model: Any
+    tokenizer: Any
+    end: int
+    """The token at which a text ends."""
+
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of a prompt. LAVIS's tokenizer of LLaMA begins a text with ``</s>``, whose id is 2."""
+        if self.model.config.model_type == "llama":
+            return [2, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        return list(self.tokenizer(prompt)["input_ids"])
+
+
+def _load_language_model(folder: Path) -> _LanguageModel:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config, tokenizer = AutoConfig.from_pretrained(folder), _load_tokenizer(folder)
+    if config.model_type == "t5":
+        config.dense_act_fn = "gelu"
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    end = config.eos_token_id
+    if config.model_type == "opt":
+        end = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+    return _LanguageModel(model.eval(), tokenizer, end)
+
+
+def _load_tokenizer(folder: Path | None) -> Any:
+    from transformers import AutoTokenizer
+
+    return None if folder is None else AutoTokenizer.from_pretrained(folder)
+
+
+def _load_qformer(tensors: Tensors, *, instructed: bool) -> Any:
+    import transformers
 
     own = {
-        name.removeprefix("Qformer.bert.")
-        .replace(".self.", ".attention.")
-        .replace("embeddings.LayerNorm", "layernorm"): t
-        for name, t in tensors.items()
+        name.removeprefix("Qformer.bert.").replace(".self.", ".attention."): tensor
+        for name, tensor in tensors.items()
         if name.startswith("Qformer.bert.")
     }
+    norm = "embeddings.layernorm" if instructed else "layernorm"
+    own = {name.replace("embeddings.LayerNorm", norm): tensor for name, tensor in own.items()}
     keys = [name for name in own if name.endswith("crossattention.attention.key.weight")]
     layers = 1 + max(int(name.split(".")[2]) for name in own if name.startswith("encoder.layer."))
-    width = own["layernorm.weight"].shape[0]
-    config = Blip2QFormerConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        intermediate_size=own["encoder.layer.0.intermediate_query.dense.weight"].shape[0],
-        encoder_hidden_size=own[keys[0]].shape[1],
-        cross_attention_frequency=-(-layers // len(keys)),
-    )
-    model = Blip2QFormerModel(config).eval()
-    found = model.load_state_dict(own, strict=False)
-    assert not found.missing_keys
+    width = tensors["query_tokens"].shape[2]
+    sizes: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "intermediate_size": own["encoder.layer.0.intermediate_query.dense.weight"].shape[0],
+        "encoder_hidden_size": own[keys[0]].shape[1],
+        "cross_attention_frequency": -(-layers // len(keys)),
+    }
+    if instructed:
+        sizes["vocab_size"] = own["embeddings.word_embeddings.weight"].shape[0]
+        sizes["max_position_embeddings"] = own["embeddings.position_embeddings.weight"].shape[0]
+        model = transformers.InstructBlipQFormerModel(transformers.InstructBlipQFormerConfig(**sizes)).eval()
+    else:
+        model = transformers.Blip2QFormerModel(transformers.Blip2QFormerConfig(**sizes)).eval()
+    assert not model.load_state_dict(own, strict=False).missing_keys
     return model
-
-
-def _load_opt(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer, OPTForCausalLM
-
-    return AutoTokenizer.from_pretrained(folder), OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -58,6 +58,10 @@ def build(
         Path | None,
         typer.Option(metavar="FOLDER", help="Its language model, in the Hugging Face layout.", rich_help_panel=_LAVIS),
     ] = None,
+    qformer_tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="BERT's tokenizer, where it is an InstructBLIP.", rich_help_panel=_LAVIS),
+    ] = None,
     vision_layers: Annotated[
         int | None,
         typer.Option(
@@ -77,7 +81,13 @@ def build(
     """Export a checkpoint into a bundle that Triton serves, and prove that it computes the same."""
     console, errors = Console(), Console(stderr=True)
     try:
-        parts = {"vision": vision, "llm": llm, "vision_layers": vision_layers, "image_size": image_size}
+        parts = {
+            "vision": vision,
+            "llm": llm,
+            "qformer_tokenizer": qformer_tokenizer,
+            "vision_layers": vision_layers,
+            "image_size": image_size,
+        }
         with _terminated_cleanly(), _progress(console) as on_stage:
             source = _source(checkpoint, lavis, parts)
             result = _run(source, output, precision, max_sequences, max_tokens, force, on_stage)

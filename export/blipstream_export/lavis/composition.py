@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
-from blipstream_export.checkpoint import Checkpoint, assemble
+from blipstream_export.checkpoint import Checkpoint, assemble, check_files, faults_of
 from blipstream_export.families import Family, find_family
 from blipstream_export.lavis.files import read_tensors
 from blipstream_export.lavis.language import LanguagePart, read_language_model
@@ -21,6 +22,8 @@ VISION_PREFIX = "visual_encoder."
 """What stands before the ViT's names where the trained part holds it, because it was trained as well."""
 
 _DEFAULTS = "requests that say nothing are decoded greedily, as transformers does it, where LAVIS searches with 5 beams"
+
+_BEGIN = "[DEC]"
 
 _LANGUAGE_MODELS = ("opt_model.", "t5_model.", "llm_model.")
 
@@ -39,6 +42,8 @@ class LavisParts:
     """Blocks of the ViT to keep; by default as many as the trained part holds, or LAVIS's number for this ViT."""
     image_size: int | None = None
     """Height and width of images in pixels; by default what the ViT's position embeddings are for."""
+    qformer_tokenizer: Path | None = None
+    """Folder of BERT's tokenizer, for a Q-Former that reads the prompt as well (InstructBLIP)."""
 
     def open(self) -> Checkpoint:
         """Compose the checkpoint; it is named after the trained part.
@@ -48,10 +53,15 @@ class LavisParts:
             CheckpointError: a part is missing, damaged or does not fit the others.
         """
         composition = compose(self)
-        config, language = composition.config, composition.language
-        raw = {"model_type": config.model_type, "text_config": {"model_type": language.config.model_type}}
-        family = find_family(raw, str(self.trained))
-        processor = _processor(family, config, language.tokenizer)
+        tokenizers = [composition.language.tokenizer]
+        if composition.trained.instructed:
+            tokenizers.append(_read_qformer_tokenizer(self))
+        elif self.qformer_tokenizer is not None:
+            raise CheckpointError(
+                f"a tokenizer for the Q-Former was given, and that of {self.trained} reads no instructions"
+            )
+        family, config = composition.family, composition.config
+        processor = _processor(family, config, tokenizers)
         return assemble(self.llm, self.trained.stem, family, config, processor, composition, notes=composition.notes)
 
 
@@ -59,8 +69,9 @@ class LavisParts:
 class Composition:
     """Parts that fit together, and how they are loaded; hardly any weights have been read."""
 
+    family: Family
     config: Any
-    """A ``Blip2Config``. What the ViT has beyond transformers' own is in ``vit``."""
+    """A configuration in transformers. What the ViT has beyond transformers' own is in ``vit``."""
     vit: Vit
     trained: Trained
     language: LanguagePart
@@ -108,7 +119,9 @@ def compose(parts: LavisParts) -> Composition:
     language = read_language_model(parts.llm)
     _check_fit(trained, vit, language, parts.trained, vision.origin)
     notes = (*vit.notes, *(other.account for other in (file, *others)), *language.notes, _DEFAULTS)
-    return Composition(_config(trained, vit, language), vit, trained, language, notes)
+    model_type = "instructblip" if trained.instructed else "blip-2"
+    family = find_family({"model_type": model_type, "text_config": language.config.to_dict()}, str(parts.trained))
+    return Composition(family, _config(family, trained, vit, language), vit, trained, language, notes)
 
 
 def adapt_vision(model: Any, kind: VitKind) -> None:
@@ -167,7 +180,24 @@ def _check_fit(trained: Trained, vit: Vit, language: LanguagePart, path: Path, v
         )
 
 
-def _processor(family: Family, config: Any, tokenizer: Any) -> Any:
+def _read_qformer_tokenizer(parts: LavisParts) -> Any:
+    """BERT's tokenizer with the token that LAVIS adds (``init_tokenizer`` in ``blip2.py``)."""
+    folder = parts.qformer_tokenizer
+    if folder is None:
+        raise CheckpointError(
+            f"the Q-Former of {parts.trained} reads instructions, and its tokenizer, BERT's, lies in no .pth file: "
+            "give the folder of it with --qformer-tokenizer"
+        )
+    check_files(folder, "tokenizer")
+    from transformers import BertTokenizer
+
+    with faults_of(f"the tokenizer of {folder}"):
+        tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.add_special_tokens({"bos_token": _BEGIN})
+    return tokenizer
+
+
+def _processor(family: Family, config: Any, tokenizers: Sequence[Any]) -> Any:
     """Images as LAVIS's ``blip_image_eval`` prepares them: a bicubic square, by CLIP's mean and deviation."""
     import transformers
     from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -177,13 +207,13 @@ def _processor(family: Family, config: Any, tokenizer: Any) -> Any:
         size={"height": side, "width": side}, resample=3, image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD
     )
     processor = getattr(transformers, family.image_side.processor)
-    return processor(images, tokenizer, num_query_tokens=config.num_query_tokens)
+    return processor(images, *tokenizers, num_query_tokens=config.num_query_tokens)
 
 
-def _config(trained: Trained, vit: Vit, language: LanguagePart) -> Any:
-    from transformers import Blip2Config
+def _config(family: Family, trained: Trained, vit: Vit, language: LanguagePart) -> Any:
+    import transformers
 
-    return Blip2Config(
+    return getattr(transformers, family.image_side.config)(
         vision_config=vit.config,
         qformer_config=trained.config,
         text_config=language.config,

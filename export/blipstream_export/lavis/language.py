@@ -23,6 +23,7 @@ from blipstream_export.weights import INDEX_FILE, WEIGHTS_FILE, read_headers, re
 PREFIX = "language_model."
 """What stands before a language model's names in a composed checkpoint."""
 
+_END = "</s>"
 _PICKLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
 
@@ -115,6 +116,21 @@ def _set_up_opt(config: Any, tokenizer: Any) -> tuple[str, ...]:
     return (f"answers end at a line break (token {config.eos_token_id}), which LAVIS trains OPT for, and not at </s>",)
 
 
+def _set_up_llama(config: Any, tokenizer: Any) -> tuple[str, ...]:
+    """LAVIS lets ``</s>`` begin a text, which LLaMA's own tokenizer begins with ``<s>``."""
+    from tokenizers.processors import TemplateProcessing
+
+    token = tokenizer.convert_tokens_to_ids(_END)
+    if not isinstance(token, int) or token == tokenizer.unk_token_id:
+        raise CheckpointError(
+            f"the tokenizer of {tokenizer.name_or_path} has no token {_END}, which begins a text of LLaMA in LAVIS"
+        )
+    tokenizer.bos_token, config.bos_token_id = _END, token
+    framing = TemplateProcessing(single=f"{_END} $A", special_tokens=[(_END, token)])
+    tokenizer.backend_tokenizer.post_processor = framing
+    return (f"prompts begin with {_END}, as LAVIS sets it for LLaMA",)
+
+
 def _set_up_t5(config: Any, _tokenizer: Any) -> tuple[str, ...]:
     """LAVIS computes T5's activation exactly, and its empty prompt is the end token alone."""
     config.dense_act_fn = "gelu"
@@ -122,4 +138,8 @@ def _set_up_t5(config: Any, _tokenizer: Any) -> tuple[str, ...]:
     return ("T5's feed-forward layers use the exact GELU, as LAVIS sets it",)
 
 
-_SET_UP: Mapping[str, Callable[[Any, Any], tuple[str, ...]]] = {"opt": _set_up_opt, "t5": _set_up_t5}
+_SET_UP: Mapping[str, Callable[[Any, Any], tuple[str, ...]]] = {
+    "opt": _set_up_opt,
+    "llama": _set_up_llama,
+    "t5": _set_up_t5,
+}

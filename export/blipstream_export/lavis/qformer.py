@@ -1,4 +1,8 @@
-"""What LAVIS trains: Q-Former, query tokens, ``ln_vision`` and the projection into the language model."""
+"""What LAVIS trains: Q-Former, query tokens, ``ln_vision`` and the projection into the language model.
+
+A Q-Former of InstructBLIP reads the prompt as well, for which it has layers and embeddings of its own. BLIP-2 trains
+without them, and LAVIS has no InstructBLIP with OPT.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,11 @@ PROJECTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """LAVIS's names of the projection, each with the language models (``model_type``) that it is made for."""
 
+_WITHOUT_INSTRUCTIONS = ("opt_proj",)
+
 _LAYERS = "Qformer.bert.encoder.layer."
 _EMBEDDINGS = "Qformer.bert.embeddings."
+_WORDS, _POSITIONS = "word_embeddings.weight", "position_embeddings.weight"
 _ATTENTION = {
     "self.query": "attention.query",
     "self.key": "attention.key",
@@ -35,12 +42,14 @@ _ATTENTION = {
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained part as read; names are those in ``Blip2ForConditionalGeneration``."""
+    """The trained part as read; its tensors have the names of ``Blip2ForConditionalGeneration``, or InstructBLIP's."""
 
     projection: str
     """LAVIS's name of the projection."""
     config: dict[str, Any]
-    """Fields of ``Blip2QFormerConfig``."""
+    """Fields of the Q-Former's configuration."""
+    instructed: bool
+    """Whether it reads the prompt as well."""
     num_query_tokens: int
     vision_width: int
     """Width of the image features that it reads."""
@@ -50,7 +59,7 @@ class Trained:
 
 
 def read_trained(part: Part) -> Trained:
-    """Read the trained part; what serves texts alone is left where it is.
+    """Read the trained part.
 
     Raises:
         UnsupportedCheckpointError: it projects into no language model, or into several.
@@ -67,11 +76,19 @@ def read_trained(part: Part) -> Trained:
     vision_width = part.shape(f"{_LAYERS}0.crossattention.self.key.weight", "width, width of the image features")[1]
     inner = part.shape(f"{_LAYERS}0.intermediate_query.dense.weight", "inner width, width")[0]
     text_width = part.shape(f"{projection}.weight", "width of the language model, width")[0]
+    instructed = projection not in _WITHOUT_INSTRUCTIONS and f"{_EMBEDDINGS}{_WORDS}" in part.names()
     tensors = {"query_tokens": part.take("query_tokens", 1, num_queries, width)}
-    tensors |= _linear(part, f"{_EMBEDDINGS}LayerNorm", "qformer.layernorm", width)
+    texts: dict[str, int] = {}
+    if instructed:
+        words, texts = _embeddings(part, width)
+        tensors |= words
+    norm = "qformer.embeddings.layernorm" if instructed else "qformer.layernorm"
+    tensors |= _linear(part, f"{_EMBEDDINGS}LayerNorm", norm, width)
     for index in range(depth):
-        crossed = vision_width if index % frequency == 0 else None
-        tensors |= _layer(part, f"{_LAYERS}{index}.", f"qformer.encoder.layer.{index}.", width, inner, crossed)
+        source, target = f"{_LAYERS}{index}.", f"qformer.encoder.layer.{index}."
+        tensors |= _attentions(part, source, target, width, vision_width if index % frequency == 0 else None)
+        for suffix in ("_query", "") if instructed else ("_query",):
+            tensors |= _feed_forward(part, source, target, suffix, width, inner)
     tensors |= _linear(part, projection, "language_projection", text_width, width)
     tensors |= _linear(part, "ln_vision", "vision_model.post_layernorm", vision_width)
     part.check()
@@ -82,8 +99,9 @@ def read_trained(part: Part) -> Trained:
         "intermediate_size": inner,
         "encoder_hidden_size": vision_width,
         "cross_attention_frequency": frequency,
+        **texts,
     }
-    return Trained(projection, config, num_queries, vision_width, text_width, tensors)
+    return Trained(projection, config, instructed, num_queries, vision_width, text_width, tensors)
 
 
 def _find_projection(part: Part) -> str:
@@ -113,20 +131,35 @@ def _layout(part: Part) -> tuple[int, int]:
     return depth, frequency
 
 
-def _layer(part: Part, source: str, target: str, width: int, inner: int, crossed: int | None) -> dict[str, Tensor]:
-    """One layer; ``crossed`` is the width of what its cross-attention reads, if it has one."""
+def _embeddings(part: Part, width: int) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Embeddings of an instruction's tokens, and their numbers as fields of the configuration."""
+    rows = [part.shape(_EMBEDDINGS + name, "rows, width")[0] for name in (_WORDS, _POSITIONS)]
+    tensors = {
+        f"qformer.embeddings.{name}": part.take(_EMBEDDINGS + name, count, width)
+        for name, count in zip((_WORDS, _POSITIONS), rows, strict=True)
+    }
+    return tensors, {"vocab_size": rows[0], "max_position_embeddings": rows[1]}
+
+
+def _attentions(part: Part, source: str, target: str, width: int, crossed: int | None) -> dict[str, Tensor]:
+    """The attentions of a layer; ``crossed`` is the width of what its cross-attention reads, if it has one."""
     tensors: dict[str, Tensor] = {}
     attentions = {"attention": width} | ({"crossattention": crossed} if crossed else {})
     for attention, read in attentions.items():
         for own, name in _ATTENTION.items():
-            shape = (
-                (width,) if own.endswith("LayerNorm") else (width, read if own in ("self.key", "self.value") else width)
-            )
+            reads = read if own in ("self.key", "self.value") else width
+            shape = (width,) if own.endswith("LayerNorm") else (width, reads)
             tensors |= _linear(part, f"{source}{attention}.{own}", f"{target}{attention}.{name}", *shape)
+    return tensors
+
+
+def _feed_forward(part: Part, source: str, target: str, suffix: str, width: int, inner: int) -> dict[str, Tensor]:
+    """A feed-forward of a layer: the queries', whose names end in ``_query``, or the instruction's."""
+    tensors: dict[str, Tensor] = {}
     for name, shape in (
-        ("intermediate_query.dense", (inner, width)),
-        ("output_query.dense", (width, inner)),
-        ("output_query.LayerNorm", (width,)),
+        (f"intermediate{suffix}.dense", (inner, width)),
+        (f"output{suffix}.dense", (width, inner)),
+        (f"output{suffix}.LayerNorm", (width,)),
     ):
         tensors |= _linear(part, source + name, target + name, *shape)
     return tensors

@@ -14,15 +14,29 @@ from blipstream_export.graphs import export_graph, vision_inputs
 from blipstream_export.lavis.composition import LavisParts
 from blipstream_export.lavis.parts import grouped
 from blipstream_export.lavis.vision import interpolate_positions
-from blipstream_export.models.qformer import QFormer
+from blipstream_export.models.qformer import InstructionQFormer, QFormer
 from blipstream_export.models.vision import VisionEncoder
-from blipstream_export.tokenizer import check_tokenizer
+from blipstream_export.tokenizer import check_qformer_tokenizer, check_tokenizer, instruction_ids
 from torch import Tensor
 
 from blipstream.contract import GRAPH_FILE, IMAGE_EMBEDS, PIXEL_VALUES
 from blipstream.engines import create_engine
-from tests.lavis_parts import HEAD_DIMS, PartSizes, SavedParts, VitName, make_vit, rewrite, save_opt, save_parts
+from tests.checkpoints import PROMPTS, make_images
+from tests.lavis_parts import (
+    HEAD_DIMS,
+    PartSizes,
+    SavedParts,
+    VitName,
+    make_vit,
+    rewrite,
+    save_language_model,
+    save_parts,
+)
 from tests.lavis_reference import LavisReference
+from tests.server.faithful import Ask
+
+# transformers' remark on its own default of 20 new tokens
+pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 
 BLOCKS = 2
 """Of the three in the files."""
@@ -41,12 +55,12 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> No
 
 
 def opened(parts: SavedParts, **options: Any) -> Checkpoint:
-    options = {"vision_layers": BLOCKS} | options
+    options = {"vision_layers": BLOCKS, "qformer_tokenizer": parts.qformer_tokenizer} | options
     return LavisParts(parts.trained, parts.llm, parts.vision, **options).open()
 
 
-def reference(parts: SavedParts, vit: VitName, blocks: int = BLOCKS, image_size: int = 28) -> LavisReference:
-    return LavisReference(parts.trained, parts.vision, parts.llm, vit, blocks, image_size)
+def reference(parts: SavedParts, blocks: int = BLOCKS, image_size: int = 28) -> LavisReference:
+    return LavisReference(parts, blocks, image_size)
 
 
 # --- the same numbers ------------------------------------------------------------------------------------------------
@@ -55,7 +69,7 @@ def reference(parts: SavedParts, vit: VitName, blocks: int = BLOCKS, image_size:
 @pytest.mark.parametrize("image_size", [28, 42, 14, 30], ids=lambda size: f"{size} pixels")
 def test_image_side_equals_lavis(image_size: int, parts: SavedParts, vit: VitName) -> None:
     """In transformers' classes and in the wrappers; position embeddings are for 28 pixels, and interpolated else."""
-    expected = reference(parts, vit, image_size=image_size)
+    expected = reference(parts, image_size=image_size)
     model = load_model(opened(parts, image_size=image_size))
     pixel_values = torch.randn(3, 3, image_size, image_size)
     embeds, soft_tokens = expected.image_embeds(pixel_values), expected.soft_tokens(pixel_values)
@@ -73,7 +87,7 @@ def test_vision_graph_equals_lavis(batch: int, parts: SavedParts, vit: VitName, 
     pixel_values = torch.randn(batch, 3, 28, 28)
     with create_engine("onnxruntime", tmp_path / GRAPH_FILE, threads=1) as engine:
         found = engine.run({PIXEL_VALUES.name: pixel_values.numpy()})[IMAGE_EMBEDS.name]
-    assert_close(torch.from_numpy(found), reference(parts, vit).image_embeds(pixel_values))
+    assert_close(torch.from_numpy(found), reference(parts).image_embeds(pixel_values))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +114,7 @@ def test_sizes_are_read_from_the_tensors(sizes: PartSizes, vit: VitName, tmp_pat
     )
     pixel_values = torch.randn(2, 3, checkpoint.image.size, checkpoint.image.size)
     features = load_model(checkpoint).get_image_features(pixel_values, return_dict=True)
-    expected = reference(parts, vit, image_size=checkpoint.image.size)
+    expected = reference(parts, image_size=checkpoint.image.size)
     assert_close(features.pooler_output, expected.soft_tokens(pixel_values))
 
 
@@ -111,7 +125,7 @@ def test_half_precision_parts_are_computed_in_fp32(own_parts: SavedParts, vit: V
     rewrite(own_parts.vision, lambda tensors: {name: tensor.float() for name, tensor in tensors.items()})
     pixel_values = torch.randn(1, 3, 28, 28)
     found = model.get_image_features(pixel_values, return_dict=True).last_hidden_state
-    assert_close(found, reference(own_parts, vit).image_embeds(pixel_values))
+    assert_close(found, reference(own_parts).image_embeds(pixel_values))
 
 
 def test_corners_are_aligned_for_clip_alone() -> None:
@@ -143,7 +157,7 @@ def test_lavis_number_of_blocks(vit: VitName, in_file: int, kept: int, tmp_path:
     )
     pixel_values = torch.randn(1, 3, 28, 28)
     found = load_model(checkpoint).get_image_features(pixel_values, return_dict=True).last_hidden_state
-    assert_close(found, reference(parts, vit, kept).image_embeds(pixel_values), tolerance=1e-4)
+    assert_close(found, reference(parts, kept).image_embeds(pixel_values), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
@@ -153,7 +167,7 @@ def test_the_option_says_how_many_blocks_are_kept(blocks: int, parts: SavedParts
     assert checkpoint.notes[0].endswith("(as --vision-layers says)")
     pixel_values = torch.randn(1, 3, 28, 28)
     found = load_model(checkpoint).get_image_features(pixel_values, return_dict=True).last_hidden_state
-    assert_close(found, reference(parts, vit, blocks).image_embeds(pixel_values))
+    assert_close(found, reference(parts, blocks).image_embeds(pixel_values))
 
 
 # --- a trained part that holds the ViT -------------------------------------------------------------------------------
@@ -168,7 +182,7 @@ def test_a_vit_within_the_trained_part(own_parts: SavedParts, vit: VitName) -> N
     torch.save(held, own_parts.vision)
     pixel_values = torch.randn(1, 3, 28, 28)
     features = load_model(checkpoint).get_image_features(pixel_values, return_dict=True)
-    assert_close(features.pooler_output, reference(own_parts, vit).soft_tokens(pixel_values))
+    assert_close(features.pooler_output, reference(own_parts).soft_tokens(pixel_values))
 
 
 def test_what_the_trained_part_holds_of_the_vit_counts(own_parts: SavedParts, vit: VitName) -> None:
@@ -181,7 +195,7 @@ def test_what_the_trained_part_holds_of_the_vit_counts(own_parts: SavedParts, vi
     rewrite(own_parts.vision, lambda tensors: tensors | {name: other[name] for name in trained})
     pixel_values = torch.randn(1, 3, 28, 28)
     features = load_model(checkpoint).get_image_features(pixel_values, return_dict=True)
-    assert_close(features.last_hidden_state, reference(own_parts, vit).image_embeds(pixel_values))
+    assert_close(features.last_hidden_state, reference(own_parts).image_embeds(pixel_values))
 
 
 @pytest.mark.parametrize("prefix", ["visual.", "visual_encoder."])
@@ -233,22 +247,85 @@ def test_names_are_grouped_by_layer_and_the_largest_groups_shown() -> None:
 # --- the language model ----------------------------------------------------------------------------------------------
 
 
-def test_generation_is_that_of_the_conversion(parts: SavedParts) -> None:
-    checkpoint = opened(parts)
+KINDS: dict[str, tuple[VitName, str, bool]] = {
+    "blip2-opt": ("eva", "opt", True),  # whose Q-Former keeps its layers for texts, unused
+    "blip2-t5": ("clip", "t5", False),
+    "blip2-llama": ("eva", "llama", False),
+    "instructblip-t5": ("eva", "t5", True),
+    "instructblip-llama": ("clip", "llama", True),
+}
+"""ViT, language model, and whether the Q-Former has layers for texts."""
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def kind_parts(kind: str, tmp_path_factory: pytest.TempPathFactory) -> SavedParts:
+    vit, language, text_side = KINDS[kind]
+    return save_parts(tmp_path_factory.mktemp(kind), vit, language, text_side=text_side)
+
+
+def test_greedy_text_equals_lavis(kind: str, kind_parts: SavedParts) -> None:
+    """The composed model in transformers, which is what a bundle is compared with, and LAVIS."""
+    checkpoint, expected = opened(kind_parts), reference(kind_parts)
+    assert checkpoint.family.kind == kind
     check_tokenizer(checkpoint)
-    assert (checkpoint.name, checkpoint.family.kind) == ("blip2_trained", "blip2-opt")
-    assert generation_section(load_model(checkpoint), checkpoint).model_dump() == {
-        "empty_prompt_ids": (2,),
-        "eos_token_ids": (202,),  # the line break
-        "pad_token_id": 1,
-        "image_token_id": 320,  # behind the tokenizer's own, where OPT has a row to spare
-        "max_new_tokens": 20,
-        "repetition_penalty": 1.0,
-    }
+    if checkpoint.instructed:
+        check_qformer_tokenizer(checkpoint)
+    model, texts = load_model(checkpoint), set()
+    for image in make_images(2):
+        for prompt in PROMPTS:
+            text = {"text": prompt} if prompt or checkpoint.instructed else {}
+            inputs = checkpoint.processor(images=image, return_tensors="pt", **text)
+            output = model.generate(
+                **inputs, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            tokens = output.sequences[0, -len(output.logits) :].tolist()
+            assert tokens == expected.generate(Ask(image, prompt), max_new_tokens=12)[0], prompt
+            texts.add(tuple(tokens))
+    assert len(texts) > 5, "the texts hardly depend on image and prompt"
+
+
+def test_qformer_of_each_kind_equals_lavis(kind_parts: SavedParts) -> None:
+    checkpoint, expected = opened(kind_parts), reference(kind_parts)
+    model, pixel_values = load_model(checkpoint), torch.randn(2, 3, 28, 28)
+    embeds = expected.image_embeds(pixel_values)
+    for prompt in PROMPTS:
+        soft_tokens = expected.soft_tokens(pixel_values, prompt)
+        if checkpoint.instructed:
+            ids = torch.tensor([instruction_ids(checkpoint, prompt)]).expand(2, -1)
+            assert_close(InstructionQFormer(model)(embeds, ids, torch.ones_like(ids)), soft_tokens)
+        else:
+            assert_close(QFormer(model)(embeds), soft_tokens)
+
+
+DEFAULTS = {"pad_token_id": None, "image_token_id": None, "max_new_tokens": 20, "repetition_penalty": 1.0}
+
+GENERATION: dict[str, dict[str, Any]] = {
+    # the end token is the line break; <image> stands behind the tokenizer's own tokens, in a row to spare
+    "opt": {"empty_prompt_ids": (2,), "eos_token_ids": (202,), "pad_token_id": 1, "image_token_id": 320},
+    "t5": {"empty_prompt_ids": (1,), "eos_token_ids": (1,), "pad_token_id": 0},
+    "llama": {"empty_prompt_ids": (2,), "eos_token_ids": (2,)},
+}
+
+
+def test_generation_is_that_of_the_conversion(kind: str, kind_parts: SavedParts) -> None:
+    checkpoint = opened(kind_parts)
+    section = generation_section(load_model(checkpoint), checkpoint)
+    language = KINDS[kind][1]
+    placeholder = len(checkpoint.processor.tokenizer) - 1
+    assert section.model_dump() == DEFAULTS | {"image_token_id": placeholder} | GENERATION[language]
+    assert checkpoint.name == "blip2_trained"
+    told = {"opt": "end at a line break (token 202)", "t5": "exact GELU", "llama": "prompts begin with </s>"}[language]
+    assert told in checkpoint.notes[-2]
 
 
 def test_a_language_model_without_a_row_for_the_placeholder(own_parts: SavedParts) -> None:
-    save_opt(own_parts.llm, seed=3, vocab_size=320)
+    save_language_model(own_parts.llm, text={"vocab_size": 320})
     checkpoint = opened(own_parts)
     check_tokenizer(checkpoint)
     assert checkpoint.config.image_token_index is None

@@ -315,6 +315,57 @@ def test_options_that_do_not_fit_the_parts(options: dict[str, Any], message: str
         LavisParts(parts.trained, parts.llm, **{"vision": parts.vision, **options}).open()
 
 
+def _instructed(folder: Path, **changes: Any) -> LavisParts:
+    parts = save_parts(folder, "eva", "llama", text_side=True)
+    found = {"vision_layers": 2, "qformer_tokenizer": parts.qformer_tokenizer} | changes
+    return LavisParts(parts.trained, parts.llm, parts.vision, **found)
+
+
+def test_instructions_need_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"reads instructions, and its tokenizer, BERT's, lies in no .pth file: g"
+    ):
+        _instructed(tmp_path, qformer_tokenizer=None).open()
+    with pytest.raises(CheckpointError, match=r"nowhere holds no tokenizer: expected one of tokenizer.json"):
+        _instructed(tmp_path, qformer_tokenizer=tmp_path / "nowhere").open()
+
+
+def test_a_tokenizer_for_a_qformer_that_reads_no_instructions(parts: SavedParts, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"a tokenizer for the Q-Former was given, and that of .* reads no instr"):
+        LavisParts(parts.trained, parts.llm, parts.vision, 2, qformer_tokenizer=tmp_path).open()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without(f"{LAYER}.1.intermediate.dense.bias"), f"lacks the tensor {LAYER}.1.intermediate.dense.bias$"),
+        (without("Qformer.bert.embeddings.position_embeddings.weight"), r"position_embeddings.weight \(rows, width\)"),
+        (
+            lambda tensors: {
+                name: tensor[:20] if "word_embeddings" in name else tensor for name, tensor in tensors.items()
+            },
+            r"token '.*' has id \d+, and the Q-Former's vocab_size is 20",
+        ),
+    ],
+)
+def test_an_instructed_qformer_must_be_whole(change: Change, message: str, tmp_path: Path) -> None:
+    parts = _instructed(tmp_path / "parts")
+    rewrite(parts.trained, change)
+    with pytest.raises(CheckpointError, match=message):
+        build(parts, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_llama_whose_tokenizer_lacks_the_token_that_begins_a_text(tmp_path: Path) -> None:
+    parts = _instructed(tmp_path)
+    path = parts.llm / "tokenizer.json"
+    path.write_text(path.read_text().replace("</s>", "<end>"))
+    config = parts.llm / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("</s>", "<end>"))
+    with pytest.raises(CheckpointError, match="llm has no token </s>, which begins a text of LLaMA in LAVIS"):
+        parts.open()
+
+
 def test_a_trained_part_with_another_kind_of_vit(tmp_path: Path) -> None:
     parts = save_parts(tmp_path, "eva")
     clip = make_vit("clip")

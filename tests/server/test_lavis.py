@@ -1,0 +1,103 @@
+"""Bundles of LAVIS's parts behind a real server: greedy text is LAVIS's own, token for token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from blipstream.cli import app
+from blipstream.triton.server import TritonServer
+from tests.checkpoints import PROMPTS, make_images
+from tests.lavis_parts import PartSizes, SavedParts, VitName, save_parts, true_sizes
+from tests.lavis_reference import LavisReference
+from tests.server.faithful import Ask, ask_concurrently, assert_equal
+
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),  # for true widths, where the machine is busy
+    # transformers' remark on its own default of 20 new tokens
+    pytest.mark.filterwarnings("ignore:Using the model-agnostic default"),
+]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is composed, and how it is asked."""
+
+    vit: VitName
+    language: str
+    text_side: bool = False
+    sizes: PartSizes = field(default_factory=PartSizes)
+    text: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 28
+    new_tokens: int = 24
+
+
+VARIANTS: dict[str, Variant] = {
+    "EVA and OPT": Variant("eva", "opt"),
+    "CLIP and OPT": Variant("clip", "opt", text_side=True),
+    "CLIP and T5, positions interpolated": Variant("clip", "t5", image_size=49),
+    "EVA and T5 with instructions, positions interpolated": Variant("eva", "t5", text_side=True, image_size=42),
+    "EVA and LLaMA with instructions": Variant("eva", "llama", text_side=True),
+    "EVA and OPT-2.7B, of their true widths": Variant(
+        "eva",
+        "opt",
+        sizes=true_sizes("eva"),
+        text={"num_hidden_layers": 1, "num_attention_heads": 32, "ffn_dim": 10240},
+        image_size=112,
+        new_tokens=12,
+    ),
+    "CLIP and Flan-T5-XL, of their true widths": Variant(
+        "clip",
+        "t5",
+        sizes=true_sizes("clip", text_width=2048),
+        text={"num_layers": 1, "num_heads": 32, "d_kv": 64, "d_ff": 5120},
+        image_size=112,
+        new_tokens=12,
+    ),
+}
+
+
+def build(parts: SavedParts, bundle: Path, image_size: int) -> str:
+    """Build by the command line, with two of three blocks; return what it printed."""
+    arguments = ["--lavis", parts.trained, "--vision", parts.vision, "--llm", parts.llm, "--vision-layers", 2]
+    if parts.qformer_tokenizer is not None:
+        arguments += ["--qformer-tokenizer", parts.qformer_tokenizer]
+    command = ["build", *map(str, arguments), "--image-size", str(image_size), "-o", str(bundle)]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_mixed_requests_equal_lavis(name: str, tmp_path: Path) -> None:
+    """32 at once: with prompts of unequal lengths, and without."""
+    variant = VARIANTS[name]
+    parts = save_parts(
+        tmp_path,
+        variant.vit,
+        variant.language,
+        seed=len(name),
+        sizes=variant.sizes,
+        text_side=variant.text_side,
+        text=variant.text,
+    )
+    printed = build(parts, tmp_path / "bundle", variant.image_size)
+    assert "Note: 2 of the 3 blocks of the " in printed
+    assert "12 of 12 sample texts equal" in printed
+    asks = [Ask(image, PROMPTS[i % len(PROMPTS)]) for i, image in enumerate(make_images(32, seed=1))]
+    with TritonServer(tmp_path / "bundle") as server:
+        answers = ask_concurrently(server.grpc_url, asks, max_tokens=variant.new_tokens)
+    reference = LavisReference(parts, 2, variant.image_size)
+    assert_equal(reference, asks, answers, max_new_tokens=variant.new_tokens)
+    texts = {tuple(token for chunk in chunks for token in chunk.token_ids) for chunks in answers}
+    assert len(texts) > 20, "the texts hardly depend on what was asked"
+    if variant.language == "opt":
+        ended = [chunks for chunks in answers if chunks[-1].finish_reason == "eos"]
+        assert 0 < len(ended) < len(answers)
+        assert all("".join(chunk.text for chunk in chunks).endswith("\n") for chunks in ended)
