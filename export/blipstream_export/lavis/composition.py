@@ -10,13 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
-from blipstream_export.checkpoint import Checkpoint, assemble, check_files, faults_of
+from blipstream_export.checkpoint import Checkpoint, assemble
 from blipstream_export.families import Family, find_family
+from blipstream_export.faults import faults_of
 from blipstream_export.lavis.files import read_tensors
 from blipstream_export.lavis.language import LanguagePart, read_language_model
 from blipstream_export.lavis.parts import Part, PartFile
 from blipstream_export.lavis.qformer import PROJECTIONS, Trained, read_trained
 from blipstream_export.lavis.vision import LN_VISION_EPS, Vit, VitKind, find_kind, read_vit
+from blipstream_export.processors import check_files
 
 VISION_PREFIX = "visual_encoder."
 """What stands before the ViT's names where the trained part holds it, because it was trained as well."""
