@@ -17,7 +17,7 @@ from tests.languages import LANGUAGES
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
 from tests.server.wire import ask, metric, png, refusal, runs, settled, wait_until
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 INSTRUCTIONS = (
     "",

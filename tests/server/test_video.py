@@ -16,7 +16,7 @@ from tests.checkpoints import TinySizes, make_images
 from tests.instructblip import save_instructblipvideo
 from tests.server.wire import ask, png, refusal, runs
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 TEXTS = ("", "what happens?", "Describe the video, please", "a")
 MODELS = ("preprocess", "vision_encoder", "qformer")
