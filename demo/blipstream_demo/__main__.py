@@ -21,12 +21,13 @@ def main() -> None:
     demo = Path(__file__).resolve().parents[1]
     parser = argparse.ArgumentParser(prog="blipstream_demo", description="Blipstream's own tiny BLIP-2.")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train both checkpoints from nothing; run again to go on")
+    train = commands.add_parser("train", help="train all checkpoints from nothing; run again to go on")
     train.add_argument("--work", type=Path, default=demo / "work", help="where data and stages are kept")
     train.add_argument("--out", type=Path, default=demo, help="where the checkpoints go")
     evaluate = commands.add_parser("evaluate", help="measure the checkpoints on test scenes, fill in the model card")
     evaluate.add_argument("--demo", type=Path, default=demo, help="the folder with the checkpoints and the card")
     evaluate.add_argument("--scenes", type=int, default=1000, help="number of test scenes")
+    evaluate.add_argument("--only", nargs="+", help="folders of checkpoints; the others' figures are kept")
     options = parser.parse_args()
     if options.command == "train":
         if not all(name in os.environ for name in _MALLOC):
@@ -39,7 +40,7 @@ def main() -> None:
     else:
         from . import evaluation
 
-        evaluation.main(options.demo, options.scenes)
+        evaluation.main(options.demo, options.scenes, options.only or evaluation.CHECKPOINTS)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""The two checkpoints in the standard Hugging Face layout.
+"""The checkpoints in the standard Hugging Face layout.
 
 Weights are stored as fp16 while the configs say float32, so ``from_pretrained`` yields fp32 models whose values fp16
-can hold. The frozen vision encoder is a shard of its own in ``checkpoint/``; the index of ``checkpoint-retrieval/``
-points to that same file.
+can hold. The frozen vision encoder is a shard of its own in ``checkpoint/``; the indices of the other checkpoints point
+to that same file.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,44 +20,60 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
     Blip2Processor,
-    Blip2QFormerConfig,
     Blip2VisionConfig,
     GenerationConfig,
-    OPTConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from . import scenes
-from .text import IMAGE_TOKEN
+from .tokens import IMAGE_TOKEN
 
 VISION_SHARD = "model-vision.safetensors"
+SHARED_VISION = f"../checkpoint/{VISION_SHARD}"
 _OWN_SHARD = "model-text.safetensors"
 
 
-def qformer_config(vocabulary: int, with_text: bool) -> Blip2QFormerConfig:
-    return Blip2QFormerConfig(
-        vocab_size=vocabulary,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        cross_attention_frequency=1,
-        encoder_hidden_size=192,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        use_qformer_text_input=with_text,
-    )
+_QFORMER: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_attention_heads": 6,
+    "encoder_hidden_size": 192,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+GenerationModel = Blip2ForConditionalGeneration | InstructBlipForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many layers a Q-Former has, and which of them look at the image: every ``frequency``-th."""
+
+    layers: int = 4
+    frequency: int = 1
+
+
+def _qformer_config(shape: Shape, **more: Any) -> dict[str, Any]:
+    return {
+        **_QFORMER,
+        "num_hidden_layers": shape.layers,
+        "cross_attention_frequency": shape.frequency,
+        **more,
+    }
 
 
 def generation_model(
-    vision: Blip2VisionConfig, text: OPTConfig, tokenizer: PreTrainedTokenizerBase, queries: int
+    vision: Blip2VisionConfig, text: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, queries: int, shape: Shape
 ) -> Blip2ForConditionalGeneration:
     """The model with random weights; query tokens are drawn, as the library leaves them zero (and so alike)."""
     config = Blip2Config(
         vision_config=vision.to_dict(),
-        qformer_config=qformer_config(30522, with_text=False).to_dict(),
+        qformer_config=_qformer_config(shape, vocab_size=30522),
         text_config=text.to_dict(),
         num_query_tokens=queries,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
@@ -66,11 +84,33 @@ def generation_model(
     return model
 
 
+def instruct_model(
+    vision: Blip2VisionConfig,
+    text: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    queries: int,
+    shape: Shape,
+) -> InstructBlipForConditionalGeneration:
+    """As :func:`generation_model`, with a Q-Former that reads the prompt too, in a WordPiece ``vocabulary``."""
+    config = InstructBlipConfig(
+        vision_config={**vision.to_dict(), "model_type": "instructblip_vision_model"},
+        qformer_config=_qformer_config(shape, vocab_size=vocabulary),
+        text_config=text.to_dict(),
+        num_query_tokens=queries,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        dtype="float32",
+    )
+    model = InstructBlipForConditionalGeneration(config)
+    nn.init.normal_(model.query_tokens, std=0.5)
+    return model
+
+
 def retrieval_model(vision: Blip2VisionConfig, vocabulary: int, queries: int) -> Blip2ForImageTextRetrieval:
     """As :func:`generation_model`; ``vocabulary`` is that of the WordPiece tokenizer."""
     config = Blip2Config(
         vision_config=vision.to_dict(),
-        qformer_config=qformer_config(vocabulary, with_text=True).to_dict(),
+        qformer_config=_qformer_config(Shape(), vocab_size=vocabulary, use_qformer_text_input=True),
         num_query_tokens=queries,
         image_text_hidden_size=64,
         image_token_index=None,
@@ -87,47 +127,61 @@ def image_processor() -> BlipImageProcessorPil:
     return BlipImageProcessorPil(size=side)
 
 
-def save_generation(model: Blip2ForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write config, processor, generation defaults, and the weights in two shards."""
+def save_generation(
+    model: GenerationModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    shared: str | None = None,
+    wordpiece: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write config, processor (InstructBLIP's with the tokenizer ``wordpiece``), generation defaults and weights; those
+    of the vision encoder go to a shard of their own, or are left to the one at ``shared``, relative to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     queries = model.config.num_query_tokens
-    Blip2Processor(image_processor(), tokenizer, num_query_tokens=queries).save_pretrained(folder)
-    _save_config(model, folder)
+    if wordpiece is None:
+        processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=queries)
+    else:
+        processor = InstructBlipProcessor(image_processor(), tokenizer, wordpiece, num_query_tokens=queries)
+    processor.save_pretrained(folder)
+    text = model.config.text_config
     GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        decoder_start_token_id=getattr(text, "decoder_start_token_id", None),
         max_new_tokens=32,
     ).save_pretrained(folder)
-    state = _state(model)
-    vision = {name: value for name, value in state.items() if name.startswith("vision_model.")}
-    own = {name: value for name, value in state.items() if name not in vision}
-    _save_shards(folder, {VISION_SHARD: vision, _OWN_SHARD: own}, external={})
+    _save_weights(model, folder, shared)
 
 
 def save_retrieval(
     model: Blip2ForImageTextRetrieval, tokenizer: PreTrainedTokenizerBase, folder: Path, shared: str
 ) -> None:
-    """Write config, processor and weights; those of the vision encoder are left to the shard at ``shared``, a path
-    relative to ``folder``."""
+    """As :func:`save_generation`."""
     folder.mkdir(parents=True, exist_ok=True)
     Blip2Processor(image_processor(), tokenizer).save_pretrained(folder)
-    _save_config(model, folder)
+    _save_weights(model, folder, shared)
+
+
+def _save_weights(model: nn.Module, folder: Path, shared: str | None) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
     state = _state(model)
     vision = {name: value for name, value in state.items() if name.startswith("vision_model.")}
     own = {name: value for name, value in state.items() if name not in vision}
-    _save_shards(folder, {_OWN_SHARD: own}, external={shared: vision})
-
-
-def _save_config(model: nn.Module, folder: Path) -> None:
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+    if shared is None:
+        _save_shards(folder, {VISION_SHARD: vision, _OWN_SHARD: own}, external={})
+    else:
+        _save_shards(folder, {_OWN_SHARD: own}, external={shared: vision})
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """fp16 copies of the weights; the output layer is left out where it is tied to the embeddings."""
-    state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    state.pop("language_model.lm_head.weight", None)
+    """fp16 copies of the weights; of those that are tied, the first."""
+    state, seen = {}, set()
+    for name, value in model.state_dict().items():
+        if value.data_ptr() not in seen:
+            state[name] = value.detach().half().contiguous()
+        seen.add(value.data_ptr())
     return state
 
 

@@ -17,24 +17,50 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval, Blip2Processor
+from transformers import (
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    Blip2Processor,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+)
 
 from . import samples, scenes
 
+GENERATION = {
+    "checkpoint": "BLIP-2, OPT",
+    "checkpoint-t5": "BLIP-2, T5",
+    "checkpoint-instruct": "InstructBLIP, LLaMA",
+}
+"""The folders of the generation checkpoints, and what the model card calls them."""
+RETRIEVAL = "checkpoint-retrieval"
+CHECKPOINTS = (*GENERATION, RETRIEVAL)
 POOL = 500
 RERANKED = 16
 _BATCH = 50
 Figures = dict[str, Any]
 
 
-def main(demo: Path, count: int) -> None:
-    """Write ``evaluation.json``, the tables of ``README.md`` and the sample images in ``demo``."""
+def main(demo: Path, count: int, chosen: Sequence[str] = CHECKPOINTS) -> None:
+    """Write ``evaluation.json``, the tables of ``README.md`` and the sample images in ``demo``.
+
+    Only the ``chosen`` checkpoints are measured; the figures of the others stay as they are in ``evaluation.json``.
+    """
+    path = demo / "evaluation.json"
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    if set(chosen) != set(CHECKPOINTS) and figures.get("scenes") != count:
+        raise ValueError(f"{path} is not about {count} scenes; measure all checkpoints")
+    figures["scenes"] = count
     shown = scenes.test_scenes(count)
     images = [scenes.render(scene) for scene in tqdm(shown, "render")]
-    figures = {"scenes": count, **generation(Generator(demo / "checkpoint"), shown, images)}
-    figures["retrieval"] = retrieval(demo / "checkpoint-retrieval", *distinct(shown, images))
+    for name in chosen:
+        if name == RETRIEVAL:
+            figures["retrieval"] = retrieval(demo / name, *distinct(shown, images))
+        else:
+            found = generation(Generator(demo / name), shown, images)
+            figures.setdefault("generation", {})[name] = found
     samples.write(demo / "images")
-    (demo / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
+    path.write_text(json.dumps(figures, indent=1) + "\n")
     fill_card(demo / "README.md", figures)
     print(table(figures))
 
@@ -43,17 +69,29 @@ def main(demo: Path, count: int) -> None:
 
 
 class Generator:
-    """The generation checkpoint as a function from images and prompts to texts."""
+    """A generation checkpoint as a function from images and prompts to texts."""
 
     def __init__(self, folder: Path) -> None:
-        self._model = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
-        self._processor = Blip2Processor.from_pretrained(folder)
+        model, processor = _CLASSES[json.loads((folder / "config.json").read_text())["model_type"]]
+        self._model = model.from_pretrained(folder).eval()
+        self._processor = processor.from_pretrained(folder)
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         inputs = self._processor(images=list(images), text=list(prompts), padding=True, return_tensors="pt")
+        if "qformer_input_ids" in inputs:
+            # the processor pads the Q-Former's prompts on the left, as the language model's: its positions would shift
+            prompted = self._processor.qformer_tokenizer(list(prompts), padding=True, return_tensors="pt")
+            inputs.update({f"qformer_{name}": prompted[name] for name in ("input_ids", "attention_mask")})
         tokens = self._model.generate(**inputs, do_sample=False, max_new_tokens=32)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
+        if self._model.config.use_decoder_only_language_model:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]  # the prompt comes back as well
+        return [text.strip() for text in self._processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "blip-2": (Blip2ForConditionalGeneration, Blip2Processor),
+    "instructblip": (InstructBlipForConditionalGeneration, InstructBlipProcessor),
+}
 
 
 def generation(
@@ -242,11 +280,11 @@ def _matching_accuracy(
 
 def table(figures: Figures) -> str:
     """The results as Markdown tables."""
-    lines = ["| | n | all | seen triples | held-out triples |", "|---|---|---|---|---|"]
-    rows = {f"caption, {name}": figures["captions"][key] for name, key in _CAPTION_ROWS}
-    rows |= {f"question: {kind}": shares for kind, shares in figures["questions"].items()}
-    for name, shares in rows.items():
-        values = " | ".join(f"{100 * shares[key]:.1f} %" for key in ("all", "seen", "held_out"))
+    names = [GENERATION[name] for name in figures["generation"]]
+    lines = ["| | n | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    measured = [_rows(found) for found in figures["generation"].values()]
+    for name, shares in measured[0].items():
+        values = " | ".join(_percentages(found[name]) for found in measured)
         lines.append(f"| {name} | {shares['n']} | {values} |")
     found = figures["retrieval"]
     lines += ["", f"| retrieval among {found['pool']} | R@1 | R@5 |", "|---|---|---|"]
@@ -262,6 +300,17 @@ def table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def _rows(found: Figures) -> dict[str, Figures]:
+    rows = {f"caption, {name}": found["captions"][key] for name, key in _CAPTION_ROWS}
+    return rows | {f"question: {kind}": shares for kind, shares in found["questions"].items()}
+
+
+def _percentages(shares: Figures) -> str:
+    """Of all scenes, and in parentheses of those with seen and those with held-out triples."""
+    whole, seen, held_out = (f"{100 * shares[key]:.1f}" for key in ("all", "seen", "held_out"))
+    return f"{whole} % ({seen}, {held_out})"
+
+
 _CAPTION_ROWS = (("every attribute right", "right"), ("word for word", "exact"))
 _MATCHING_ROWS = (
     ("pairs that match", "matching"),
@@ -271,12 +320,16 @@ _MATCHING_ROWS = (
 
 
 def examples(figures: Figures) -> str:
-    """What the model said of the first scenes, as a Markdown table."""
-    lines = ["| scene | said | truth |", "|---|---|---|"]
-    for example in figures["examples"]:
-        lines.append(f"| test {example['scene']} | {example['caption']} | {example['truth']} |")
-        for said in example["questions"]:
-            lines.append(f"| | {said['question']} {said['answer']} | {said['truth']} |")
+    """What the checkpoints said of the first scenes, as a Markdown table."""
+    found = figures["generation"]
+    names = " | ".join(GENERATION[name] for name in found)
+    lines = [f"| scene | truth | {names} |", "|---" * (2 + len(found)) + "|"]
+    for told in zip(*(one["examples"] for one in found.values()), strict=True):
+        captions = " | ".join(example["caption"] for example in told)
+        lines.append(f"| test {told[0]['scene']} | {told[0]['truth']} | {captions} |")
+        for said in zip(*(example["questions"] for example in told), strict=True):
+            answers = " | ".join(one["answer"] for one in said)
+            lines.append(f"| {said[0]['question']} | {said[0]['truth']} | {answers} |")
     return "\n".join(lines)
 
 

@@ -12,7 +12,16 @@ from .training import read_log
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # the backend must be chosen first
 
-STAGES = ("vision", "language", "stage_one", "stage_two")
+STAGES = (
+    "vision",
+    "language",
+    "language_llama",
+    "language_t5",
+    "stage_one",
+    "stage_two",
+    "stage_two_t5",
+    "stage_two_instruct",
+)
 
 
 def draw(work: Path, folder: Path) -> None:

@@ -1,19 +1,20 @@
 """The Q-Former's forward pass on the library's weights, arranged for training.
 
-The same function as Blip2QFormerModel (a test compares them), but the keys and values of an image are computed once
-and shared by every pass that reads the image.
+The same function as Blip2QFormerModel and InstructBlipQFormerModel (tests compare them), but the keys and values of an
+image are computed once and shared by every pass that reads the image.
 """
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-from transformers import Blip2QFormerModel
+from transformers import Blip2QFormerModel, InstructBlipQFormerModel
 
 KeysValues = list[tuple[torch.Tensor, torch.Tensor] | None]
+QFormer = Blip2QFormerModel | InstructBlipQFormerModel
 
 
-def image_keys_values(qformer: Blip2QFormerModel, image: torch.Tensor) -> KeysValues:
+def image_keys_values(qformer: QFormer, image: torch.Tensor) -> KeysValues:
     """Per layer, keys and values (B, H, P, d) of image features (B, P, D); None for a layer without
     cross-attention."""
     found: KeysValues = []
@@ -41,9 +42,19 @@ def forward(
 ) -> torch.Tensor:
     """Hidden states (B, T, D) for embeddings (B, T, D) whose first ``queries`` are query tokens.
 
-    ``mask`` (B or 1, 1, T, T) is True where a token sees another; ``keys_values`` are needed if there are queries.
+    ``mask`` (B or 1, 1, T or 1, T) is True where a token sees another; ``keys_values`` are needed if there are queries.
     """
-    hidden = qformer.layernorm(embeds)
+    return encode(qformer, qformer.layernorm(embeds), queries, mask, keys_values)
+
+
+def encode(
+    qformer: QFormer,
+    hidden: torch.Tensor,
+    queries: int,
+    mask: torch.Tensor | None = None,
+    keys_values: KeysValues | None = None,
+) -> torch.Tensor:
+    """As :func:`forward`, from embeddings that are normalised already."""
     for i, layer in enumerate(qformer.encoder.layer):
         hidden = _attend(layer.attention, hidden, None, mask)
         parts = []

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import BertTokenizerFast, Blip2ForImageTextRetrieval
 
 from . import data, qformer, scenes
-from .text import DECODE_TOKEN
+from .tokens import DECODE_TOKEN
 from .training import Recipe, Run
 
 RECIPE = Recipe("stage_one", steps=600, batch=80, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
@@ -48,6 +48,7 @@ class StageOne(nn.Module):
     def __init__(self, model: Blip2ForImageTextRetrieval, tokenizer: BertTokenizerFast) -> None:
         super().__init__()
         self.model = model
+        self.tokenizer = tokenizer
         model.vision_model.requires_grad_(False)
         width = model.config.qformer_config.hidden_size
         self.itg_head = nn.Linear(width, len(tokenizer))
@@ -159,11 +160,10 @@ def train(
     stage: StageOne,
     features: np.ndarray,
     things: np.ndarray,
-    tokenizer: BertTokenizerFast,
     recipe: Recipe = RECIPE,
 ) -> StageOne:
     """Train ``stage`` on cached features (N, P, D) of scenes with ``things`` (N, 7, 3)."""
-    captions = captions_of(things[: len(features)], tokenizer)
+    captions = captions_of(things[: len(features)], stage.tokenizer)
     batches = Batches(things[: len(features)], recipe.batch)
 
     def loss(step: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:

@@ -7,6 +7,7 @@ optimisers' state and the step alone, and a resumed run repeats an uninterrupted
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 Batch = TypeVar("Batch")
+_TABLES = re.compile("embed|head|shared")  # names of embeddings and output layers ("shared" is T5's)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def optimisers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        is_matrix = param.ndim == 2 and min(param.shape) >= 64 and "embed" not in name and "head" not in name
+        is_matrix = param.ndim == 2 and min(param.shape) >= 64 and not _TABLES.search(name)
         (matrices if is_matrix else others).append(param)
     muon = Muon(matrices, recipe.muon_lr, weight_decay=recipe.weight_decay)
     adam = torch.optim.AdamW(others, recipe.adam_lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
@@ -125,15 +127,13 @@ class Run:
         self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
 
-    def train(self, stop: int | None = None, each: Callable[[int], None] | None = None) -> None:
-        """Train up to step ``stop`` (the recipe's last by default); ``each`` is called before every step."""
+    def train(self) -> None:
+        """Train up to the recipe's last step."""
         self.resume()
-        last = self.recipe.steps if stop is None else stop
+        last = self.recipe.steps
         self.model.train()
         with tqdm(total=self.recipe.steps, initial=self.step, desc=self.recipe.name, smoothing=0.05) as bar:
             while self.step < last:
-                if each:
-                    each(self.step)
                 figures = self._one_step()
                 bar.update()
                 bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()}, refresh=False)

@@ -169,12 +169,7 @@ def train(work: Path, recipe: Recipe = RECIPE, vision_config: Blip2VisionConfig 
     def loss(step: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         return losses(model, draw_batch(ordered, crowd, recipe, step, rng))
 
-    def use_free_core(step: int) -> None:
-        # the language model learns beside this one; once it is done, both cores are free
-        if step % 20 == 0 and (work / "language.done").exists():
-            torch.set_num_threads(2)
-
-    Run(work, recipe, model, loss).train(each=use_free_core)
+    Run(work, recipe, model, loss).train()
     return model
 
 

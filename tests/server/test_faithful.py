@@ -63,14 +63,15 @@ def test_penalties_and_limits_equal_the_checkpoint(demo_server: TritonServer) ->
 
 def test_served_accuracy_is_the_model_cards(demo_server: TritonServer) -> None:
     """Captions and answers for all 1,000 test scenes, judged by the code that made the model card."""
-    card = json.loads((DEMO / "evaluation.json").read_text())
+    evaluated = json.loads((DEMO / "evaluation.json").read_text())
+    card = evaluated["generation"]["checkpoint"]
 
     def generate(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         asks = [Ask(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
         answers = ask_concurrently(demo_server.grpc_url, asks)
         return ["".join(chunk.text for chunk in chunks).strip() for chunks in answers]
 
-    shown = scenes.test_scenes(card["scenes"])
+    shown = scenes.test_scenes(evaluated["scenes"])
     figures = evaluation.generation(generate, shown, [scenes.render(scene) for scene in shown])
     for served, measured in (
         *((figures["captions"][key], card["captions"][key]) for key in ("right", "exact")),

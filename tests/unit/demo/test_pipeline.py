@@ -1,4 +1,4 @@
-"""The whole training, with a few steps of everything: from nothing to two checkpoints and the model card's figures."""
+"""The whole training, with a few steps of everything: from nothing to the checkpoints and the model card's figures."""
 
 import json
 import shutil
@@ -7,15 +7,13 @@ import pytest
 from blipstream_demo import evaluation, pipeline, scenes
 from blipstream_demo.training import Recipe, read_log
 
+BATCHES = {"vision": 5, "stage_one": 8}
 PLAN = pipeline.Plan(
     scenes=40,
     crowds=30,
     validation=5,
     cached=40,
-    vision=Recipe("vision", steps=2, batch=5),
-    language=Recipe("language", steps=2, batch=4),
-    stage_one=Recipe("stage_one", steps=2, batch=8),
-    stage_two=Recipe("stage_two", steps=2, batch=4),
+    recipes={name: Recipe(name, steps=2, batch=BATCHES.get(name, 4)) for name in pipeline.RECIPES},
 )
 
 
@@ -28,27 +26,29 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 def test_training_from_nothing_writes_checkpoints_and_plots(trained):
-    for stage in ("vision", "language", "stage_one", "stage_two"):
+    for stage in pipeline.RECIPES:
         assert (trained / "training" / f"{stage}.png").stat().st_size > 1000
         assert [entry["step"] for entry in read_log(trained / "work" / f"{stage}.jsonl")] == [1]
     shown = scenes.test_scenes(6)
-    figures = evaluation.generation(
-        evaluation.Generator(trained / "checkpoint"), shown, [scenes.render(scene) for scene in shown]
-    )
-    assert figures["captions"]["right"]["n"] == 6
-    assert figures["captions"]["right"]["all"] < 0.5  # two steps teach nothing
-    assert set(figures["questions"]) <= set(scenes.KINDS)
+    for name in evaluation.GENERATION:
+        generate = evaluation.Generator(trained / name)
+        figures = evaluation.generation(generate, shown, [scenes.render(scene) for scene in shown])
+        assert figures["captions"]["right"]["n"] == 6
+        assert figures["captions"]["right"]["all"] < 0.5  # two steps teach nothing
+        assert set(figures["questions"]) <= set(scenes.KINDS)
 
 
 @pytest.mark.slow
 def test_training_again_goes_on_from_the_last_stage(trained):
     kept = (trained / "work" / "vision.pt").read_bytes()
-    first = (trained / "checkpoint" / "model-text.safetensors").read_bytes()
-    (trained / "work" / "stage_two.pt").unlink()
-    shutil.rmtree(trained / "checkpoint")
+    again = {"checkpoint": "stage_two", "checkpoint-instruct": "stage_two_instruct"}
+    first = {name: (trained / name / "model-text.safetensors").read_bytes() for name in again}
+    for name, stage in again.items():
+        (trained / "work" / f"{stage}.pt").unlink()
+        shutil.rmtree(trained / name)
     pipeline.train(trained / "work", trained, PLAN)
     assert (trained / "work" / "vision.pt").read_bytes() == kept
-    assert (trained / "checkpoint" / "model-text.safetensors").read_bytes() == first
+    assert {name: (trained / name / "model-text.safetensors").read_bytes() for name in again} == first
 
 
 @pytest.mark.slow
@@ -62,8 +62,15 @@ def test_evaluation_fills_in_the_card(trained, monkeypatch):
     assert "| question: colour |" in text
     assert text.endswith("<!-- end of examples -->\nend\n")
     figures = json.loads((trained / "evaluation.json").read_text())
+    assert set(figures["generation"]) == set(evaluation.GENERATION)
     assert figures["retrieval"]["pool"] == 20
     assert 0 <= figures["retrieval"]["text_to_image"]["itm"]["r1"] <= 1
+    figures["generation"]["checkpoint"]["captions"]["exact"]["all"] = 0.123
+    (trained / "evaluation.json").write_text(json.dumps(figures))
+    evaluation.main(trained, 24, ["checkpoint-t5"])  # what is not measured again is kept
+    assert "| caption, word for word | 24 | 12.3 % (" in (trained / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"evaluation\.json is not about 12 scenes; measure all checkpoints"):
+        evaluation.main(trained, 12, ["checkpoint-t5"])
 
 
 def test_a_card_without_markers_is_refused(tmp_path):
@@ -73,9 +80,7 @@ def test_a_card_without_markers_is_refused(tmp_path):
     recall = {head: {"r1": 1.0, "r5": 1.0} for head in ("itc", "itm")}
     itm = {"matching": 1.0, "random_negative": 1.0, "hardest_negative": 1.0}
     figures = {
-        "captions": {"right": empty, "exact": empty},
-        "questions": {},
-        "examples": [],
+        "generation": {"checkpoint": {"captions": {"right": empty, "exact": empty}, "questions": {}, "examples": []}},
         "retrieval": {
             "pool": 1,
             "reranked": 1,
