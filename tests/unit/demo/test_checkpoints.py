@@ -12,6 +12,8 @@ from transformers import AutoTokenizer
 
 DEMO = Path(evaluation.__file__).parents[1]
 ADDED = ("checkpoint-t5", "checkpoint-instruct")
+# what the language models have not learnt: the model card says so
+GUESSED = {"checkpoint-t5": {"relation"}, "checkpoint-instruct": {"existence", "relation"}}
 SAMPLES = json.loads((DEMO / "images" / "samples.json").read_text())
 
 
@@ -25,7 +27,9 @@ def test_answers_about_the_sample_images_are_right(folder):
     kinds = [sample["kind"] for sample in SAMPLES]
     asked = [next(q for q in scenes.questions(s) if q.kind == kind) for s, kind in zip(shown, kinds, strict=True)]
     assert all(map(scenes.caption_is_right, captions, shown)), captions
-    assert all(map(scenes.answer_is_right, answers, asked)), answers
+    guessed = GUESSED.get(folder, set())
+    right = {kind: scenes.answer_is_right(*pair) for kind, *pair in zip(kinds, answers, asked, strict=True)}
+    assert all(right[kind] for kind in kinds if kind not in guessed), answers
 
 
 @pytest.mark.parametrize("folder", [*ADDED, "checkpoint-retrieval"])
@@ -60,10 +64,11 @@ def test_the_language_models_are_of_the_kinds_to_show():
 
 @pytest.mark.parametrize("folder", ADDED)
 def test_accuracy_is_near_the_first_checkpoints(folder):
-    """Within five points in every row of the model card."""
+    """Within five points in every row of the model card but those of the questions that are guessed."""
     figures = json.loads((DEMO / "evaluation.json").read_text())["generation"]
     first, found = figures["checkpoint"], figures[folder]
     for part in ("captions", "questions"):
         for name, shares in first[part].items():
             assert found[part][name]["n"] == shares["n"]
-            assert found[part][name]["all"] > shares["all"] - 0.05, name
+            near = found[part][name]["all"] > shares["all"] - 0.05
+            assert near != (name in GUESSED[folder]), name
