@@ -52,14 +52,6 @@ VARIANTS: dict[str, Variant] = {
         image_size=112,
         new_tokens=12,
     ),
-    "CLIP and Flan-T5-XL, of their true widths": Variant(
-        "clip",
-        "t5",
-        sizes=true_sizes("clip", text_width=2048),
-        text={"num_layers": 1, "num_heads": 32, "d_kv": 64, "d_ff": 5120},
-        image_size=112,
-        new_tokens=12,
-    ),
 }
 
 
