@@ -190,6 +190,16 @@ def test_a_tokenizer_that_has_other_special_tokens_is_pointed_out(checkpoint: Pa
     assert note.startswith("the tokenizer's bos_token has id 0, and the language model's bos_token_id is 2; each is")
 
 
+def test_a_configuration_that_transformers_refuses_is_explained(tmp_path: Path) -> None:
+    folder = save_blip2(tmp_path / "checkpoint", "llama")
+    put(text_config__head_dim=9)(folder)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be loaded: .* requires an even rotary dimension, but got"
+    ) as raised:
+        open_checkpoint(str(folder))
+    assert "\n" not in str(raised.value)
+
+
 def test_an_old_configuration_writes_minus_one_for_no_token(tmp_path: Path) -> None:
     folder = save_blip2(tmp_path / "checkpoint", "llama", text={"pad_token_id": -1})
     opened = open_checkpoint(str(folder))
