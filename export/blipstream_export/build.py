@@ -6,7 +6,7 @@ import gc
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,22 +25,29 @@ from blipstream.contract import (
     GenerationSection,
     InstructionSection,
     Manifest,
+    Precision,
     QFormerSection,
     VisionSection,
 )
-from blipstream.errors import BundleError, UnsupportedCheckpointError
+from blipstream.errors import BundleError
+from blipstream_export.activations import Activations, observe
 from blipstream_export.bundle import check_output, copy_models, list_files, new_bundle
 from blipstream_export.checkpoint import Checkpoint, Source, load_model, open_checkpoint
 from blipstream_export.generation import generation_notes, generation_section
 from blipstream_export.graphs import GraphInputs, export_graph, qformer_inputs, vision_inputs
 from blipstream_export.models.qformer import InstructionQFormer, QFormer
 from blipstream_export.models.vision import VisionEncoder
-from blipstream_export.parity import ParityReport, Thresholds, measure
-from blipstream_export.reference import compute_reference
+from blipstream_export.needs import Needs, check_disk, estimate_needs
+from blipstream_export.observer import BuildObserver
+from blipstream_export.parity import THRESHOLDS, ParityReport, Thresholds, measure
+from blipstream_export.precision import StagePrecisions, parse_precision
+from blipstream_export.reference import BRIEF, FULL, Reference, compute_reference
 from blipstream_export.tokenizer import check_qformer_tokenizer, check_tokenizer, save_tokenizer, tokenizer_notes
+from blipstream_export.units import GIB
 
-PRECISIONS = ("fp32",)
 DEFAULT_MAX_TOKENS = 256
+_BRIEF_FROM = 8 * GIB
+"""Size of the weights in fp32 above which the checkpoint is run on few samples."""
 _ENGINE: Literal["onnxruntime"] = "onnxruntime"
 _VERSIONED = ("blipstream", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -50,11 +57,12 @@ class BuildOptions:
     """What to build.
 
     Raises:
-        UnsupportedCheckpointError: a precision that is not built.
+        UnsupportedCheckpointError: a precision or a stage that there is not.
         BundleError: a size below 1.
     """
 
     precision: str = "fp32"
+    """As on the command line: of all stages, or of each (:func:`~blipstream_export.precision.parse_precision`)."""
     max_sequences: int = 16
     """Sequences that decode at once."""
     max_tokens: int | None = None
@@ -62,13 +70,10 @@ class BuildOptions:
     prompt. By default 256, or what the model can read if less."""
     replace: bool = False
     """Replace an existing bundle."""
-    thresholds: Thresholds = field(default_factory=Thresholds)
+    thresholds: Mapping[Precision, Thresholds] = field(default_factory=lambda: THRESHOLDS)
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UnsupportedCheckpointError(
-                f"precision {self.precision!r} is not built: expected one of {', '.join(PRECISIONS)}"
-            )
+        parse_precision(self.precision)
         for name in ("max_sequences", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -96,16 +101,12 @@ class BuildResult:
     """What a user should know, one sentence each."""
 
 
-STAGES = ("checkpoint", "reference", VISION_ENCODER, QFORMER, "decoder", "bundle", "parity")
-"""Names of the stages, in their order."""
-
-
 def build(
     source: str | Source,
     output: Path,
     options: BuildOptions | None = None,
     *,
-    on_stage: Callable[[str], None] | None = None,
+    observer: BuildObserver | None = None,
 ) -> BuildResult:
     """Build the bundle ``output`` from a checkpoint.
 
@@ -113,7 +114,7 @@ def build(
         source: a folder or a hub id in the Hugging Face layout, or the parts of a checkpoint.
         output: the bundle's folder; it appears when the build has succeeded.
         options: what to build.
-        on_stage: is called with each of :data:`STAGES` as it begins.
+        observer: is told how the build goes.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, inconsistent or of a kind that is not served.
@@ -123,21 +124,21 @@ def build(
     options = options or BuildOptions()
     check_output(output, replace=options.replace)
     with quiet_transformers(), new_bundle(output, replace=options.replace) as folder:
-        run = _Build(source, folder, options, on_stage or (lambda _: None))
+        run = _Build(source, folder, options, observer or BuildObserver())
         manifest, parity = run.run()
     return BuildResult(output, manifest, parity, tuple(run.stages), tuple(run.notes))
 
 
 class _Build:
-    """One build into ``folder``; holds the checkpoint's model until the last graph is written."""
+    """One build into ``folder``."""
 
-    def __init__(
-        self, source: str | Source, folder: Path, options: BuildOptions, on_stage: Callable[[str], None]
-    ) -> None:
+    def __init__(self, source: str | Source, folder: Path, options: BuildOptions, observer: BuildObserver) -> None:
         self._source = source
         self._folder = folder
         self._options = options
-        self._on_stage = on_stage
+        self._precisions = parse_precision(options.precision)
+        self._activations: Activations | None = None
+        self._observer = observer
         self.stages: list[StageResult] = []
         self.notes: list[str] = []
 
@@ -148,19 +149,18 @@ class _Build:
             if checkpoint.instructed:
                 tokenizers[QFORMER_TOKENIZER_FILE] = check_qformer_tokenizer(checkpoint)
             sizes = _decoder_sizes(self._options, checkpoint)
-            model = load_model(checkpoint)
+            model = load_model(checkpoint, deferred=True)
             generation = generation_section(model, checkpoint)
             self.notes += [*checkpoint.notes, *tokenizer_notes(checkpoint), *generation_notes(model, checkpoint)]
+            needs = self._needs(model)
         with self._stage("reference"):
-            reference = compute_reference(model, checkpoint, sizes)
+            reference = self._reference(model, checkpoint, sizes, needs)
         self._export_images(model, checkpoint)
         self._export_decoder(model, checkpoint, sizes)
-        del model
-        gc.collect()  # the parity run loads the graphs: the checkpoint's weights must be gone by then
         with self._stage("bundle"):
             for file, tokenizer in tokenizers.items():
                 save_tokenizer(tokenizer, self._folder / BLIP2 / MODEL_VERSION / file)
-            manifest = _manifest(checkpoint, sizes, generation, self._options.precision)
+            manifest = _manifest(checkpoint, sizes, generation, self._precisions)
             values = {**manifest.dims(), "max_sequences": sizes.max_sequences}
             copy_models(self._folder, values, instructed=manifest.qformer.instruction is not None)
             manifest = manifest.model_copy(update={"files": list_files(self._folder)})
@@ -171,33 +171,54 @@ class _Build:
             parity.dump(self._folder)
         return manifest, parity
 
+    def _needs(self, model: Any) -> Needs:
+        needs = estimate_needs(model, self._precisions)
+        check_disk(needs, self._folder)
+        self._observer.needs(needs)
+        return needs
+
+    def _reference(self, model: Any, checkpoint: Checkpoint, sizes: DecoderSection, needs: Needs) -> Reference:
+        """What the checkpoint computes; how much, depends on its size and not on the machine: the bundle does so too."""
+        extent = BRIEF if needs.weights > _BRIEF_FROM else FULL
+        runnable = model if needs.streamed else load_model(checkpoint)
+        with observe(runnable) as self._activations:
+            reference = compute_reference(runnable, checkpoint, sizes, extent, on_progress=self._observer.progress)
+        del runnable
+        gc.collect()  # its weights must be gone before the graphs are written and loaded
+        return reference
+
     def _export_images(self, model: Any, checkpoint: Checkpoint) -> None:
         vision_config = checkpoint.config.vision_config
         with self._stage(VISION_ENCODER) as written:
-            encoder = VisionEncoder(model.vision_model)
-            written(self._export(encoder, vision_inputs(checkpoint.image.size), VISION_ENCODER, GRAPH_FILE))
-        model.vision_model = None
-        del encoder
+            inputs = vision_inputs(checkpoint.image.size)
+            written(self._export(VisionEncoder(model.vision_model), inputs, VISION_ENCODER, VISION_ENCODER, GRAPH_FILE))
         with self._stage(QFORMER) as written:
             num_tokens, instructed = _num_image_tokens(checkpoint), checkpoint.instructed
             inputs = qformer_inputs(num_tokens, vision_config.hidden_size, instructed=instructed)
             wrapper = InstructionQFormer(model) if instructed else QFormer(model)
-            written(self._export(wrapper, inputs, QFORMER, GRAPH_FILE))
-            del wrapper
-        model.qformer = None
+            written(self._export(wrapper, inputs, QFORMER, QFORMER, GRAPH_FILE))
 
     def _export_decoder(self, model: Any, checkpoint: Checkpoint, sizes: DecoderSection) -> None:
         with self._stage("decoder") as written:
-            for graph in checkpoint.language.graphs(model.language_model, sizes, release=True):
-                written(self._export(graph.module, graph.inputs, BLIP2, graph.file))
-                del graph  # and its weights, before the next one is made
+            for graph in checkpoint.language.graphs(model.language_model, sizes):
+                written(self._export(graph.module, graph.inputs, "decoder", BLIP2, graph.file))
 
-    def _export(self, module: Any, inputs: GraphInputs, model: str, file: str) -> int:
-        return export_graph(module, inputs, self._folder / model / MODEL_VERSION / file, engine=_ENGINE)
+    def _export(self, module: Any, inputs: GraphInputs, stage: str, model: str, file: str) -> int:
+        path = self._folder / model / MODEL_VERSION / file
+        precision = self._precisions.of(stage)
+        return export_graph(
+            module,
+            inputs,
+            path,
+            engine=_ENGINE,
+            precision=precision,
+            activations=self._activations,
+            on_progress=self._observer.progress,
+        )
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[Callable[[int], None]]:
-        self._on_stage(name)
+        self._observer.stage(name)
         sizes: list[int] = []
         started = time.perf_counter()
         yield sizes.append
@@ -227,7 +248,7 @@ def _num_image_tokens(checkpoint: Checkpoint) -> int:
 
 
 def _manifest(
-    checkpoint: Checkpoint, decoder: DecoderSection, generation: GenerationSection, precision: str
+    checkpoint: Checkpoint, decoder: DecoderSection, generation: GenerationSection, precisions: StagePrecisions
 ) -> Manifest:
     vision, qformer = checkpoint.config.vision_config, checkpoint.config.qformer_config
     return Manifest(
@@ -235,7 +256,7 @@ def _manifest(
         kind=checkpoint.family.kind,
         source=checkpoint.name,
         engine=_ENGINE,
-        precision=dict.fromkeys((VISION_ENCODER, QFORMER, "decoder"), precision),
+        precision=precisions.as_dict(),
         image=checkpoint.image,
         vision=VisionSection(
             num_image_tokens=_num_image_tokens(checkpoint),

@@ -21,6 +21,7 @@ from blipstream_export.processors import frame, load_processor
 from blipstream_export.weights import TensorHeader, read_headers, read_json
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _RESAMPLE: dict[int, Any] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -29,8 +30,11 @@ _RESAMPLE: dict[int, Any] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicu
 class Weights(Protocol):
     """Where the weights of a checkpoint are."""
 
-    def load(self, architecture: Any, **options: Any) -> Any:
-        """Load them by ``architecture.from_pretrained`` of transformers, with its ``options``; return what it does."""
+    def load(self, architecture: Any, *, deferred: bool = False, **options: Any) -> Any:
+        """Load them by ``architecture.from_pretrained`` of transformers, with its ``options``; return what it does.
+
+        With ``deferred``, parameters are :class:`~blipstream_export.deferred.Deferred` tensors.
+        """
 
 
 class Source(Protocol):
@@ -139,8 +143,12 @@ def assemble(
     return checkpoint
 
 
-def load_model(checkpoint: Checkpoint) -> Any:
+def load_model(checkpoint: Checkpoint, *, deferred: bool = False) -> Any:
     """Load the weights in fp32, for inference, into the model of transformers.
+
+    Args:
+        checkpoint: the checkpoint.
+        deferred: read no weights now, but each of them whenever it is used (:mod:`blipstream_export.deferred`).
 
     Raises:
         CheckpointError: a tensor is missing or of another shape than the configuration says.
@@ -148,10 +156,13 @@ def load_model(checkpoint: Checkpoint) -> Any:
     import torch
     import transformers
 
+    from blipstream_export.deferred import label_parameters
+
     architecture = getattr(transformers, checkpoint.family.image_side.architecture)
     with faults_of(f"the weights of {checkpoint.folder}"):
         loaded = checkpoint.weights.load(
             architecture,
+            deferred=deferred,
             config=checkpoint.config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # reported below, all of them together
@@ -159,6 +170,8 @@ def load_model(checkpoint: Checkpoint) -> Any:
         )
     model, info = loaded
     _check_loading(info, checkpoint.folder)
+    if deferred:
+        label_parameters(model)
     return model.eval().requires_grad_(False)
 
 
@@ -168,8 +181,17 @@ class _Folder:
 
     path: Path
 
-    def load(self, architecture: Any, **options: Any) -> Any:
-        return architecture.from_pretrained(self.path, local_files_only=True, use_safetensors=True, **options)
+    def load(self, architecture: Any, *, deferred: bool = False, **options: Any) -> Any:
+        import transformers
+
+        from blipstream_export.shards import deferred_tensors
+
+        if not deferred:
+            return architecture.from_pretrained(self.path, local_files_only=True, use_safetensors=True, **options)
+        loaded = architecture.from_pretrained(None, state_dict=deferred_tensors(self.path), **options)
+        if (self.path / GENERATION_FILE).is_file():  # which transformers takes from a folder beside the weights
+            loaded[0].generation_config = transformers.GenerationConfig.from_pretrained(self.path)
+        return loaded
 
 
 def _locate(source: str) -> Path:

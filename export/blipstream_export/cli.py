@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from blipstream.errors import BlipstreamError
+from blipstream_export.observer import STAGES, BuildObserver
+from blipstream_export.units import format_bytes
 
 if TYPE_CHECKING:
     from blipstream_export.build import BuildResult
     from blipstream_export.checkpoint import Source
+    from blipstream_export.needs import Needs
 
 _EXTRA = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "PIL")
-_KIB = 1024
 _LAVIS = "A checkpoint in LAVIS's layout"
 
 
@@ -35,7 +37,14 @@ def build(
             metavar="CHECKPOINT", help="A folder, or a hub id, in the Hugging Face layout.", show_default=False
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Precision of the graphs: fp32.")] = "fp32",
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="PRECISION",
+            help="fp32, fp16, bf16 or int8 for all stages, or one for each: vision_encoder=int8,decoder=int4; a stage "
+            "that is not named is fp32.",
+        ),
+    ] = "fp32",
     max_sequences: Annotated[int, typer.Option(min=1, help="Sequences that decode at once.")] = 16,
     max_tokens: Annotated[
         int | None,
@@ -88,9 +97,9 @@ def build(
             "vision_layers": vision_layers,
             "image_size": image_size,
         }
-        with _terminated_cleanly(), _progress(console) as on_stage:
+        with _terminated_cleanly(), _Terminal(console) as observer:
             source = _source(checkpoint, lavis, parts)
-            result = _run(source, output, precision, max_sequences, max_tokens, force, on_stage)
+            result = _run(source, output, precision, max_sequences, max_tokens, force, observer)
     except (BlipstreamError, OSError) as error:  # of the latter: no space left, or no permission to write
         errors.print(f"blipstream build: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -134,38 +143,54 @@ def _run(
     max_sequences: int,
     max_tokens: int | None,
     force: bool,
-    on_stage: Callable[[str], None],
+    observer: BuildObserver,
 ) -> BuildResult:
     with _extra():
         from blipstream_export import build as builder
     options = builder.BuildOptions(
         precision=precision, max_sequences=max_sequences, max_tokens=max_tokens, replace=force
     )
-    return builder.build(checkpoint, output, options, on_stage=on_stage)
+    return builder.build(checkpoint, output, options, observer=observer)
 
 
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str], None]]:
-    """A bar over the stages; it gives the function that is told of each stage as it begins."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<15}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-        done = -1
+class _Terminal(BuildObserver):
+    """Shows a build as a bar over its stages; a context manager."""
 
-        def on_stage(name: str) -> None:
-            nonlocal done
-            from blipstream_export.build import STAGES
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<21}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("starting", total=len(STAGES))
+        self._stage = ""
 
-            done += 1
-            progress.update(task, description=name, completed=done, total=len(STAGES))
+    def __enter__(self) -> _Terminal:
+        self._bar.start()
+        return self
 
-        yield on_stage
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.stop()
+
+    def needs(self, needs: Needs) -> None:
+        text = f"This build needs about {format_bytes(needs.disk)} of disk and {format_bytes(needs.memory)} of memory"
+        if needs.streamed:
+            text += "; the checkpoint is too large to be held in memory and is run weight by weight"
+        self._console.print(f"{text}.", highlight=False, soft_wrap=True)
+
+    def stage(self, name: str) -> None:
+        self._stage = name
+        self._bar.update(self._task, description=name, completed=STAGES.index(name))
+
+    def progress(self, done: int, total: int) -> None:
+        part = done / total if total else 0
+        self._bar.update(
+            self._task, description=f"{self._stage} ({part:.0%})", completed=STAGES.index(self._stage) + part
+        )
 
 
 @contextmanager
@@ -189,29 +214,25 @@ def show(result: BuildResult, console: Console) -> None:
     for column in stages.columns[1:]:
         column.justify = "right"
     for stage in result.stages:
-        stages.add_row(stage.name, "" if stage.bytes is None else _size(stage.bytes), f"{stage.seconds:.1f}")
+        stages.add_row(stage.name, "" if stage.bytes is None else format_bytes(stage.bytes), f"{stage.seconds:.1f}")
     total = sum(entry.bytes for entry in result.manifest.files.values())
     stages.add_section()
-    stages.add_row("total", _size(total), f"{sum(stage.seconds for stage in result.stages):.1f}")
+    stages.add_row("total", format_bytes(total), f"{sum(stage.seconds for stage in result.stages):.1f}")
     console.print(stages)
 
-    parity = Table("stage", "cosine", "largest difference", "largest value", title="Parity with the checkpoint in fp32")
-    for column in parity.columns[1:]:
+    parity = Table("stage", "", "cosine", "rel. error", "largest difference", "largest value")
+    parity.title = "Parity with the checkpoint in fp32"
+    for column in parity.columns[2:]:
         column.justify = "right"
     for row in result.parity.stages:
-        parity.add_row(row.stage, f"{row.cosine:.7f}", f"{row.max_difference:.2g}", f"{row.max_reference:.3g}")
+        figures = (f"{row.cosine:.7f}", f"{row.relative_error:.2g}", f"{row.max_difference:.2g}")
+        parity.add_row(row.stage, row.precision, *figures, f"{row.max_reference:.3g}")
     console.print(parity)
     equal = sum(text.equal for text in result.parity.texts)
-    console.print(f"Greedy tokens: {equal} of {len(result.parity.texts)} sample texts equal the checkpoint's.")
+    console.print(
+        f"Greedy tokens: {equal} of {len(result.parity.texts)} sample texts equal the checkpoint's; token by token, "
+        f"{result.parity.agreement:.1%} agree."
+    )
     for note in result.notes:
         console.print(f"Note: {note}.", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Bundle: {result.bundle}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < _KIB or unit == "GiB":
-            break
-        value /= _KIB
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -35,14 +35,12 @@ class LanguageModule(Protocol):
     def decoder_section(self, config: Any, *, max_sequences: int, max_tokens: int) -> DecoderSection:
         """The manifest's section for ``max_sequences`` rows of ``max_tokens`` tokens, as the user counts them."""
 
-    def graphs(self, model: Any, sizes: DecoderSection, *, release: bool = False) -> Iterator[Graph]:
+    def graphs(self, model: Any, sizes: DecoderSection) -> Iterator[Graph]:
         """The graphs to export, each made when it is asked for.
 
         Args:
             model: the language model of transformers.
             sizes: what :meth:`decoder_section` gave.
-            release: take the weights that a graph copies out of ``model`` one by one, so that the copies double one
-                layer at a time and not all of them. ``model`` cannot run afterwards.
         """
 
 

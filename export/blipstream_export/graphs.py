@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blipstream.contract import (
     DECODER_IO,
@@ -22,17 +23,16 @@ from blipstream.contract import (
     PIXEL_VALUES,
     SOFT_TOKENS,
     DecoderSection,
+    Precision,
 )
+from blipstream_export.activations import Activations
+from blipstream_export.deferred import Deferred, labels, materialize, stored_types
+from blipstream_export.initializers import WeightTensor, write_model
 from blipstream_export.lowering import lowering
+from blipstream_export.quantized_graph import quantize_graph
 
 OPSET = 21
 """The newest opset that ONNX Runtime 1.22 and TensorRT 10 read alike; it has Gelu and LayerNormalization."""
-
-EXTERNAL_DATA_BYTES = 512 * 1024 * 1024
-"""Graphs whose weights are larger keep them in a file of their own; a protobuf ends at 2 GiB."""
-
-_INLINE_BYTES = 1024
-"""Tensors smaller than this stay in the graph file, where shape inference can read them."""
 
 FreeDims = dict[int, str]
 
@@ -164,42 +164,101 @@ def _graph_inputs(
     )
 
 
-def export_graph(module: nn.Module, inputs: GraphInputs, path: Path, *, engine: str) -> int:
+def export_graph(
+    module: nn.Module,
+    inputs: GraphInputs,
+    path: Path,
+    *,
+    engine: str,
+    precision: Precision = "fp32",
+    activations: Activations | None = None,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> int:
     """Write ``module`` as an ONNX graph for ``engine`` to ``path``; return the bytes of its files.
 
-    Weights above :data:`EXTERNAL_DATA_BYTES` go to ``path`` + ``.data``. The same module gives the same bytes.
+    The graph is made without weights; these are computed, where they are deferred, and written one at a time. The same
+    module gives the same bytes.
+
+    Args:
+        module: a wrapper, its parameters real or deferred.
+        inputs: sample inputs and names.
+        path: the ``.onnx`` file; large weights go to ``path`` + ``.data`` (:mod:`blipstream_export.initializers`).
+        engine: its name in the manifest.
+        precision: of the graph's weights; inputs and outputs are the same in every precision.
+        activations: what the linear layers read on samples, for int8.
+        on_progress: is called with how many bytes of the weights are done, and how many there are.
     """
     with _quiet_exporter(), torch.no_grad():
-        program = torch.onnx.export(
-            module.eval(),
-            inputs.args,
-            dynamo=True,
-            dynamic_shapes=inputs.free_dims,
-            input_names=inputs.input_names,
-            output_names=inputs.output_names,
-            custom_translation_table=lowering(engine),
-            opset_version=OPSET,
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model
-    _strip(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        with _without_weights(module) as weights:
+            program = torch.onnx.export(
+                module.eval(),
+                inputs.args,
+                dynamo=True,
+                dynamic_shapes=inputs.free_dims,
+                input_names=inputs.input_names,
+                output_names=inputs.output_names,
+                custom_translation_table=lowering(engine),
+                opset_version=OPSET,
+                verbose=False,
+                optimize=False,  # it looks into small weights: below, where they have values
+            )
+        assert program is not None
+        for name, value in program.model.graph.initializers.items():
+            if name in weights:
+                value.const_value = _weight_tensor(name, weights[name])
+        program.optimize()
+        model = program.model
+        quantize_graph(model, precision, activations)
+        _strip(model)
+        try:
+            return write_model(model, path, precision, on_progress=on_progress)
+        finally:
+            for value in model.graph.initializers.values():
+                value.const_value = None  # the exporter keeps its last graph, which must not keep the weights
+
+
+@contextmanager
+def _without_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Within the block, parameters and buffers of ``module`` have shapes and no values; it yields them as they were."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    weights = {name: tensor for tensors in named for name, tensor in tensors}
+    fakes: dict[int, Tensor] = {}
+    places = [
+        (holder, name, tensor)
+        for part in module.modules()
+        for holder in _tensor_dicts(part)
+        for name, tensor in holder.items()
+        if tensor is not None
+    ]
+    for holder, name, tensor in places:
+        if id(tensor) not in fakes:
+            with mode:
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+            fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+        holder[name] = fakes[id(tensor)]
     try:
-        return _save(model, path)
+        yield weights
     finally:
-        for value in model.graph.initializers.values():
-            value.const_value = None  # the exporter keeps its last graph, which must not keep the weights
+        for holder, name, tensor in places:
+            holder[name] = tensor
 
 
-def _save(model: ir.Model, path: Path) -> int:
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    if weights <= EXTERNAL_DATA_BYTES:
-        ir.save(model, path)
-        return path.stat().st_size
-    data = path.with_name(path.name + ".data")
-    ir.save(model, path, external_data=data.name, size_threshold_bytes=_INLINE_BYTES)
-    return path.stat().st_size + data.stat().st_size
+def _tensor_dicts(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
+
+
+def _weight_tensor(name: str, tensor: Tensor) -> WeightTensor:
+    types = stored_types(tensor)
+    return WeightTensor(
+        lambda: materialize(tensor),
+        tensor.dtype,
+        tuple(tensor.shape),
+        name=name,
+        labels=frozenset(labels(tensor)),
+        own_type=types.pop() if len(types) == 1 else None,
+        may_round=isinstance(tensor, Deferred),
+    )
 
 
 def _strip(model: ir.Model) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from blipstream.contract import (
     TOKENIZER_FILE,
     VISION_ENCODER,
     Manifest,
+    Precision,
 )
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.request import Chunk, Decoder, GenerationRequest, SamplingParams, prefilled_tokens
@@ -30,6 +31,7 @@ from blipstream.engines import create_engine, load_decoder
 from blipstream.errors import ParityError
 from blipstream.instructions import instruction_inputs, pad_instructions
 from blipstream.preprocess import ImageTransform
+from blipstream_export.precision import PRECISIONS, StagePrecisions
 from blipstream_export.reference import Floats, Reference, SampleText, sample_prompt
 
 PREPROCESS_STAGE, PREFILL_STAGE, STEP_STAGE = "preprocess", "decoder prefill", "decoder step"
@@ -37,15 +39,28 @@ PREPROCESS_STAGE, PREFILL_STAGE, STEP_STAGE = "preprocess", "decoder prefill", "
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What a bundle in fp32 must reach, on every sample."""
+    """What a stage must reach in one precision, on every sample."""
 
-    min_cosine: float = 0.99999
+    min_cosine: float
     """Cosine between a stage's output and the checkpoint's, for the worst row."""
-    max_relative_difference: float = 1e-3
-    """Largest absolute difference, relative to the largest absolute value of the checkpoint's output."""
-    tie: float = 1e-4
-    """Two tokens whose logits differ by less than this in the checkpoint itself, relative to its largest logit, may
-    change places: rounding decides between them."""
+    max_relative_error: float
+    """Length of the difference of all outputs, relative to the length of the checkpoint's."""
+    min_agreement: float
+    """Share of the checkpoint's greedy tokens that the bundle chooses as well, given those before them."""
+
+
+THRESHOLDS: Mapping[Precision, Thresholds] = {
+    "fp32": Thresholds(min_cosine=0.99999, max_relative_error=1e-3, min_agreement=1.0),
+    "fp16": Thresholds(min_cosine=0.9999, max_relative_error=1e-2, min_agreement=0.95),
+    "bf16": Thresholds(min_cosine=0.999, max_relative_error=5e-2, min_agreement=0.9),
+    "int8": Thresholds(min_cosine=0.8, max_relative_error=0.1, min_agreement=0.85),
+    "int4": Thresholds(min_cosine=0.7, max_relative_error=0.3, min_agreement=0.6),
+}
+"""Of each precision. Agreement is asked of the whole bundle, by the loosest of its stages' precisions."""
+
+TIE = 1e-4
+"""Two tokens whose logits differ by less than this in the checkpoint itself, relative to its largest logit, may change
+places: rounding decides between them."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +68,11 @@ class StageParity:
     """How close one stage comes to the checkpoint, given the checkpoint's own inputs."""
 
     stage: str
+    precision: Precision
     cosine: float
     """Of the worst row."""
+    relative_error: float
+    """Length of the difference of all outputs, relative to the length of the checkpoint's."""
     max_difference: float
     """Largest absolute difference."""
     max_reference: float
@@ -78,28 +96,37 @@ class TextParity:
 class ParityReport:
     """Contents of ``parity.json``."""
 
-    thresholds: Thresholds
+    thresholds: Mapping[Precision, Thresholds]
+    """Of the precisions that the bundle uses."""
+    streamed: bool
+    """Whether the checkpoint was too large for memory, and was run weight by weight; it computes the same."""
     stages: tuple[StageParity, ...]
+    agreement: float
+    """Share of the checkpoint's greedy tokens that the bundle chooses, given the image and the tokens before them."""
     texts: tuple[TextParity, ...]
 
     @property
     def faults(self) -> list[str]:
         """What misses its threshold, one phrase each."""
-        limits = self.thresholds
         faults = []
         for stage in self.stages:
+            limits = self.thresholds[stage.precision]
             if not stage.cosine >= limits.min_cosine:  # also true of NaN
                 faults.append(f"{stage.stage} has cosine {stage.cosine:.7f}, and {limits.min_cosine} is asked for")
-            elif not stage.max_difference <= limits.max_relative_difference * stage.max_reference:
+            elif not stage.relative_error <= limits.max_relative_error:
                 faults.append(
-                    f"{stage.stage} differs by {stage.max_difference:.2g} where values reach {stage.max_reference:.2g}"
+                    f"{stage.stage} has relative error {stage.relative_error:.2g}, and {limits.max_relative_error} is "
+                    "allowed"
                 )
         wrong = [text for text in self.texts if not text.equal]
-        if wrong:
+        loosest = min(limits.min_agreement for limits in self.thresholds.values())
+        if loosest == 1.0 and wrong:
             faults.append(
                 f"{len(wrong)} of {len(self.texts)} greedy texts differ (image {wrong[0].image}, prompt "
                 f"{wrong[0].prompt!r}: expected {list(wrong[0].expected)}, found {list(wrong[0].found)})"
             )
+        elif not self.agreement >= loosest:
+            faults.append(f"{self.agreement:.1%} of the greedy tokens agree, and {loosest:.0%} is asked for")
         return faults
 
     def check(self) -> None:
@@ -118,11 +145,16 @@ class ParityReport:
 
 
 def measure(
-    bundle: Path, manifest: Manifest, reference: Reference, thresholds: Thresholds, *, threads: int | None = None
+    bundle: Path,
+    manifest: Manifest,
+    reference: Reference,
+    thresholds: Mapping[Precision, Thresholds] = THRESHOLDS,
+    *,
+    threads: int | None = None,
 ) -> ParityReport:
     """Run every graph of the bundle on the reference's samples."""
     pixel_values = np.stack([ImageTransform(manifest.image)(image) for image in reference.images])
-    engine = manifest.engine
+    engine, precisions = manifest.engine, StagePrecisions(**manifest.precision)
     with (
         create_engine(engine, bundle / VISION_ENCODER / MODEL_VERSION / GRAPH_FILE, threads=threads) as vision,
         create_engine(engine, bundle / QFORMER / MODEL_VERSION / GRAPH_FILE, threads=threads) as qformer,
@@ -133,23 +165,26 @@ def measure(
             qformer.run(_qformer_inputs(embeds, reference, manifest))[SOFT_TOKENS.name]
             for embeds in (reference.image_embeds, served_embeds)
         )
+    expected = np.stack([reading.soft_tokens for reading in reference.readings])
     folder = bundle / BLIP2 / MODEL_VERSION
     decoder = load_decoder(manifest.decoder, lambda file: create_engine(engine, folder / file, threads=threads))
     try:
         stages = (
-            compare(PREPROCESS_STAGE, pixel_values, reference.pixel_values),
-            compare(VISION_ENCODER, image_embeds, reference.image_embeds),
-            compare(QFORMER, soft_tokens, np.stack([reading.soft_tokens for reading in reference.readings])),
-            *_compare_decoder(decoder, reference),
+            compare(PREPROCESS_STAGE, "fp32", pixel_values, reference.pixel_values),
+            compare(VISION_ENCODER, precisions.vision_encoder, image_embeds, reference.image_embeds),
+            compare(QFORMER, precisions.qformer, soft_tokens, expected),
+            *_compare_decoder(decoder, precisions.decoder, reference.texts, expected),
         )
+        agreement = _agreement(decoder, reference.texts, served)
         found = _serve(decoder, manifest, folder / TOKENIZER_FILE, served, reference.texts)
     finally:
         decoder.close()
     texts = tuple(
-        TextParity(text.images[0], text.prompt, text.token_ids, tokens, _same_tokens(text, tokens, thresholds.tie))
+        TextParity(text.images[0], text.prompt, text.token_ids, tokens, _same_tokens(text, tokens))
         for text, tokens in zip(reference.texts, found, strict=True)
     )
-    return ParityReport(thresholds, stages, texts)
+    used = {precision: thresholds[precision] for precision in PRECISIONS if precision in manifest.precision.values()}
+    return ParityReport({"fp32": thresholds["fp32"], **used}, reference.streamed, stages, agreement, texts)
 
 
 def _qformer_inputs(image_embeds: Floats, reference: Reference, manifest: Manifest) -> dict[str, Any]:
@@ -162,7 +197,7 @@ def _qformer_inputs(image_embeds: Floats, reference: Reference, manifest: Manife
     return inputs
 
 
-def compare(stage: str, found: Floats, expected: Floats) -> StageParity:
+def compare(stage: str, precision: Precision, found: Floats, expected: Floats) -> StageParity:
     """Compare two outputs (..., width); the cosine is that of the worst row.
 
     Figures are rounded to what is meaningful in fp32, so that a report does not change with the last bit.
@@ -170,36 +205,59 @@ def compare(stage: str, found: Floats, expected: Floats) -> StageParity:
     a = found.reshape(-1, found.shape[-1]).astype(np.float64)
     b = expected.reshape(-1, expected.shape[-1]).astype(np.float64)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    with np.errstate(invalid="ignore"):  # rows of zeros are equal or not, and have no cosine
+    difference, length = np.linalg.norm(a - b), np.linalg.norm(b)
+    with np.errstate(invalid="ignore", divide="ignore"):  # rows of zeros are equal or not, and have no cosine
         cosines = np.where(norms == 0, (a == b).all(1), (a * b).sum(1) / norms)
+        relative_error = difference / length if difference else 0.0
     return StageParity(
         stage,
+        precision,
         cosine=round(float(cosines.min()), 7),
+        relative_error=float(f"{relative_error:.2g}"),
         max_difference=float(f"{np.abs(a - b).max():.2g}"),
         max_reference=float(f"{np.abs(b).max():.3g}"),
     )
 
 
-def _compare_decoder(decoder: Decoder, reference: Reference) -> list[StageParity]:
-    """Logits of prefill and decode steps, rows of unequal lengths together, fed with the checkpoint's tokens."""
-    prefill: list[tuple[Floats, Floats]] = []
-    steps: list[tuple[Floats, Floats]] = []
-    texts = reference.texts
+def _compare_decoder(
+    decoder: Decoder, precision: Precision, samples: Sequence[SampleText], soft_tokens: Floats
+) -> list[StageParity]:
+    """Logits of prefill and decode steps, given the checkpoint's soft tokens of each reading."""
+    pairs: dict[str, list[tuple[Floats, Floats]]] = {PREFILL_STAGE: [], STEP_STAGE: []}
+    for step, texts, logits in _forced(decoder, samples, soft_tokens):
+        expected = np.stack([text.logits[step] for text in texts])
+        pairs[PREFILL_STAGE if step == 0 else STEP_STAGE].append((logits.copy(), expected))
+    return [
+        compare(stage, precision, np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found]))
+        for stage, found in pairs.items()
+        if found
+    ]
+
+
+def _agreement(decoder: Decoder, texts: Sequence[SampleText], soft_tokens: Floats) -> float:
+    """Share of the checkpoint's tokens that are chosen, given soft tokens and the checkpoint's tokens before them."""
+    agree = [
+        _agrees(text, step, int(row.argmax()))
+        for step, group, logits in _forced(decoder, texts, soft_tokens)
+        for text, row in zip(group, logits, strict=True)
+    ]
+    return round(float(np.mean(agree)), 4)
+
+
+def _forced(
+    decoder: Decoder, texts: Sequence[SampleText], soft_tokens: Floats
+) -> Iterator[tuple[int, list[SampleText], Floats]]:
+    """Feed the decoder with the checkpoint's tokens, rows of unequal lengths together: step, its texts, and logits."""
     for first in range(0, len(texts), decoder.max_sequences):
         group = sorted(texts[first : first + decoder.max_sequences], key=lambda text: -len(text.token_ids))
-        prompts = [reference.prompt(text) for text in group]
+        prompts = [sample_prompt(text, list(soft_tokens)) for text in group]
         prefilled = [prefilled_tokens(prompt, decoder.decoder_start_token_id) for prompt in prompts]
-        prefill.append((decoder.prefill(0, prompts).copy(), np.stack([text.logits[0] for text in group])))
+        yield 0, group, decoder.prefill(0, prompts)
         for step in range(1, len(group[0].token_ids)):
             going = [text for text in group if len(text.token_ids) > step]  # the longest first: rows stay 0..n-1
             tokens = np.array([text.token_ids[step - 1] for text in going], np.int64)
             lengths = np.array(prefilled[: len(going)], np.int64) + step - 1
-            steps.append((decoder.decode(tokens, lengths).copy(), np.stack([text.logits[step] for text in going])))
-    return [_compare_all(PREFILL_STAGE, prefill), *([_compare_all(STEP_STAGE, steps)] if steps else [])]
-
-
-def _compare_all(stage: str, pairs: Sequence[tuple[Floats, Floats]]) -> StageParity:
-    return compare(stage, np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs]))
+            yield step, going, decoder.decode(tokens, lengths)
 
 
 def _serve(
@@ -229,11 +287,16 @@ def _serve(
     return [tuple(token for chunk in answer for token in chunk.token_ids) for answer in chunks]
 
 
-def _same_tokens(expected: SampleText, found: Sequence[int], tie: float) -> bool:
+def _same_tokens(expected: SampleText, found: Sequence[int]) -> bool:
+    """Token for token, or different from a tie on."""
     for step, token in enumerate(expected.token_ids):
         if step >= len(found):
             return False
         if found[step] != token:
-            logits = expected.logits[step]
-            return bool(logits[token] - logits[found[step]] <= tie * np.abs(logits).max())
+            return _agrees(expected, step, found[step])
     return len(found) == len(expected.token_ids)
+
+
+def _agrees(expected: SampleText, step: int, token: int) -> bool:
+    logits = expected.logits[step]
+    return bool(logits[expected.token_ids[step]] - logits[token] <= TIE * np.abs(logits).max())

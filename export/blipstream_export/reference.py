@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,20 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 
-NEW_TOKENS = 20
-"""Tokens generated for each sample, unless a row of the KV cache has room for fewer."""
+
+@dataclass(frozen=True)
+class Extent:
+    """How much the checkpoint is run."""
+
+    texts: int
+    """Sample texts, unless the KV cache has no room for some of them."""
+    new_tokens: int
+    """Tokens generated for each, unless a row of the KV cache has room for fewer."""
+
+
+FULL = Extent(texts=12, new_tokens=20)
+BRIEF = Extent(texts=4, new_tokens=6)
+"""For large models, of which each token costs seconds."""
 
 _PROMPTS = ("", *SAMPLE_PROMPTS)
 """Of unequal lengths; the first means plain captioning."""
@@ -74,6 +86,8 @@ class Reference:
     readings: list[Reading]
     """One for each image; where the Q-Former reads instructions, one for each image and prompt."""
     texts: list[SampleText]
+    streamed: bool = False
+    """Whether the model's weights were deferred."""
 
     def prompt(self, text: SampleText) -> Prompt:
         """What a text begins with, given the checkpoint's own soft tokens."""
@@ -112,23 +126,42 @@ class _Sample:
         return [(image, self.instruction) for image in self.images]
 
 
-def compute_reference(model: Any, checkpoint: Checkpoint, sizes: DecoderSection) -> Reference:
-    """Run the checkpoint on the sample images and prompts; prompts that do not fit ``sizes`` are left out."""
+def compute_reference(
+    model: Any,
+    checkpoint: Checkpoint,
+    sizes: DecoderSection,
+    extent: Extent = FULL,
+    *,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Reference:
+    """Run the checkpoint on the sample images and prompts; prompts that do not fit ``sizes`` are left out.
+
+    Args:
+        model: the model of transformers, in fp32; its weights may be deferred.
+        checkpoint: the checkpoint.
+        sizes: of the KV cache that will serve it.
+        extent: how much to run.
+        on_progress: is called with how many of the samples are done, and how many there are.
+    """
     import torch
 
+    from blipstream_export.deferred import Deferred, computing
+
     images = sample_images()
-    samples = _samples(checkpoint, len(images), sizes)
+    samples = _samples(checkpoint, len(images), sizes)[: extent.texts]
     keys = list(dict.fromkeys(key for sample in samples for key in sample.keys))
     pixel_values = checkpoint.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), computing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks of transformers on defaults that are set here on purpose
         image_embeds = model.vision_model(pixel_values).last_hidden_state
         readings = [_read(model, checkpoint, pixel_values, key) for key in keys]
-        texts = [
-            _generate(model, checkpoint, pixel_values, sample, tuple(keys.index(key) for key in sample.keys))
-            for sample in samples
-        ]
-    return Reference(images, pixel_values.numpy(), image_embeds.numpy(), readings, texts)
+        texts: list[SampleText] = []
+        for sample in samples:
+            on_progress(len(texts), len(samples))
+            order = tuple(keys.index(key) for key in sample.keys)
+            texts.append(_generate(model, checkpoint, pixel_values, sample, order, extent.new_tokens))
+    streamed = any(isinstance(parameter, Deferred) for parameter in model.parameters())
+    return Reference(images, pixel_values.numpy(), image_embeds.numpy(), readings, texts, streamed)
 
 
 def _samples(checkpoint: Checkpoint, num_images: int, sizes: DecoderSection) -> list[_Sample]:
@@ -181,7 +214,12 @@ def _instruction(ids: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
 
 
 def _generate(
-    model: Any, checkpoint: Checkpoint, pixel_values: torch.Tensor, sample: _Sample, readings: tuple[int, ...]
+    model: Any,
+    checkpoint: Checkpoint,
+    pixel_values: torch.Tensor,
+    sample: _Sample,
+    readings: tuple[int, ...],
+    new_tokens: int,
 ) -> SampleText:
     import torch
 
@@ -196,7 +234,7 @@ def _generate(
         inputs["input_ids"] = torch.tensor([[*soft, *sample.prompt_ids]])
     output = model.generate(
         **inputs,
-        max_new_tokens=min(NEW_TOKENS, sample.room),
+        max_new_tokens=min(new_tokens, sample.room),
         repetition_penalty=1.0,
         **NEUTRAL,
         use_cache=_caches(checkpoint),

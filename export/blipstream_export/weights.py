@@ -28,6 +28,10 @@ class TensorHeader:
 
     shape: tuple[int, ...]
     dtype: str
+    file: Path
+    start: int
+    """Where its data begins in the file, in bytes."""
+    num_bytes: int
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
@@ -83,23 +87,25 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         header = file.read(length)
     if len(header) < length:
         raise CheckpointError(f"{path} is truncated: it ends within its header, after {size} bytes")
-    tensors = _parse_header(path, header)
-    expected = _LENGTH_BYTES + length + max((end for _, end in tensors.values()), default=0)
+    tensors = _parse_header(path, header, _LENGTH_BYTES + length)
+    expected = max((tensor.start + tensor.num_bytes for tensor in tensors.values()), default=_LENGTH_BYTES + length)
     if size != expected:
         fault = "truncated" if size < expected else "damaged"
         raise CheckpointError(f"{path} is {fault}: it holds {size} bytes, and its header declares {expected}")
-    return {name: tensor for name, (tensor, _) in tensors.items()}
+    return tensors
 
 
-def _parse_header(path: Path, header: bytes) -> dict[str, tuple[TensorHeader, int]]:
-    """Each tensor with the end of its data, counted from the end of the header."""
+def _parse_header(path: Path, header: bytes, data: int) -> dict[str, TensorHeader]:
+    """The tensors, whose offsets count from ``data``."""
     try:
         entries: Mapping[str, Any] = json.loads(header)
-        return {
-            name: (TensorHeader(tuple(entry["shape"]), str(entry["dtype"])), int(entry["data_offsets"][1]))
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        }
+        tensors = {}
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                start, end = (int(offset) for offset in entry["data_offsets"])
+                shape = tuple(int(size) for size in entry["shape"])
+                tensors[name] = TensorHeader(shape, str(entry["dtype"]), path, data + start, end - start)
+        return tensors
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read") from None
 

@@ -340,6 +340,10 @@ class GenerationSection(_Section):
     repetition_penalty: float = 1.0
 
 
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+"""How a stage's weights are stored and computed with; docs/precision.md."""
+
+
 class FileEntry(_Section):
     """One file of the bundle."""
 
@@ -356,7 +360,7 @@ class Manifest(_Section):
     source: str
     """Name of the checkpoint: its folder's name or its hub id."""
     engine: Literal["onnxruntime"]
-    precision: dict[str, str]
+    precision: dict[str, Precision]
     """Precision of each stage: ``vision_encoder``, ``qformer``, ``decoder``."""
     image: ImageSection
     vision: VisionSection

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from blipstream_export.build import STAGES, BuildOptions, BuildResult, build
+from blipstream_export.build import BuildOptions, BuildResult, build
 from blipstream_export.cli import show
+from blipstream_export.observer import STAGES
 from typer.testing import CliRunner
 
 from blipstream.cli import app
@@ -104,7 +105,9 @@ def test_parity_report(random_bundle: BuildResult) -> None:
         "decoder prefill",
         "decoder step",
     ]
-    assert all(stage["cosine"] >= report["thresholds"]["min_cosine"] for stage in report["stages"])
+    assert all(stage["cosine"] >= report["thresholds"]["fp32"]["min_cosine"] for stage in report["stages"])
+    assert {stage["precision"] for stage in report["stages"]} == {"fp32"}
+    assert report["agreement"] == 1.0
     assert report["stages"][0]["max_difference"] == 0
     assert all(text["equal"] and text["found"] for text in report["texts"])
     assert {text["prompt"] == "" for text in report["texts"]} == {True, False}

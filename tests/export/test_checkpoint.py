@@ -23,7 +23,7 @@ from tests.languages import opt_tokenizer
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"precision": "fp16"}, UnsupportedCheckpointError, "precision 'fp16' is not built: expected one of fp32"),
+        ({"precision": "fp8"}, UnsupportedCheckpointError, "precision 'fp8' is not built: expected one of fp32"),
         ({"max_sequences": 0}, BundleError, "max_sequences must be at least 1, but it is 0"),
         ({"max_tokens": -1}, BundleError, "max_tokens must be at least 1, but it is -1"),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from blipstream_export import graphs
+from blipstream_export import initializers
 from blipstream_export.build import BuildResult
 from blipstream_export.graphs import decoder_inputs, export_graph
 from blipstream_export.models import opt
@@ -142,7 +142,7 @@ def test_large_weights_go_to_a_file_of_their_own_and_tied_ones_once(
     wrapper, sizes = OPTDecoder(model), _sizes(model)
     inline, external = tmp_path / "inline.onnx", tmp_path / "external.onnx"
     inline_bytes = export_graph(wrapper, decoder_inputs(sizes), inline, engine="onnxruntime")
-    monkeypatch.setattr(graphs, "EXTERNAL_DATA_BYTES", 10_000)
+    monkeypatch.setattr(initializers, "EXTERNAL_DATA_BYTES", 10_000)
     external_bytes = export_graph(wrapper, decoder_inputs(sizes), external, engine="onnxruntime")
     data = tmp_path / "external.onnx.data"
 
@@ -161,7 +161,7 @@ def test_large_weights_go_to_a_file_of_their_own_and_tied_ones_once(
 
 def test_weights_are_released_after_export(tmp_path: Path) -> None:
     model = make_blip2_opt().language_model
-    wrapper, sizes = OPTDecoder(model, release=True), _sizes(model)
+    wrapper, sizes = OPTDecoder(model), _sizes(model)
     del model
     references = [weakref.ref(parameter) for parameter in wrapper.parameters()]
     export_graph(wrapper, decoder_inputs(sizes), tmp_path / "decoder.onnx", engine="onnxruntime")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
+from blipstream_export.deferred import Deferred, materialize
 from blipstream_export.families import LANGUAGE_MODELS, LanguageModel
 from blipstream_export.graphs import export_graph
 from blipstream_export.models import llama, t5
@@ -25,6 +26,7 @@ from blipstream.engines import RowDecoder, create_engine, load_decoder
 from blipstream.engines.decoder import pack_prompts, prefill_inputs
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
 from tests.checkpoints import make_blip2
+from tests.deferring import defer_parameters
 from tests.languages import LANGUAGES, LLAMA_VARIANTS, OPT_VARIANTS, T5_VARIANTS
 
 VARIANTS = {"opt": OPT_VARIANTS, "llama": LLAMA_VARIANTS, "t5": T5_VARIANTS}
@@ -136,17 +138,20 @@ def test_t5_encoder_and_decoder(name: str) -> None:
             row.append(token + step)
 
 
-def test_releasing_the_source_changes_nothing() -> None:
-    model = make_model("llama", {"num_key_value_heads": 2, "mlp_bias": True})
-    kept, released = LlamaDecoder(model, CAPACITY), LlamaDecoder(model, CAPACITY, release=True)
-    assert all(layer.self_attn is None and layer.mlp is None for layer in model.model.layers)
-    _assert_same(kept, released)
-    model = make_model("t5")
-    kept = [T5Encoder(model), T5Decoder(model)]
-    released = [T5Encoder(model, release=True), T5Decoder(model, release=True)]
-    assert all(block.layer is None for block in (*model.encoder.block, *model.decoder.block))
-    for pair in zip(kept, released, strict=True):
-        _assert_same(*pair)
+@pytest.mark.parametrize(("language", "name"), CASES)
+def test_wrapping_a_deferred_model_computes_no_weights(language: str, name: str) -> None:
+    model = make_model(language, VARIANTS[language][name])
+    sizes = module_of(language).decoder_section(model.config, max_sequences=2, max_tokens=CAPACITY)
+    real = list(module_of(language).graphs(model, sizes))
+    defer_parameters(model)
+    for first, second in zip(real, module_of(language).graphs(model, sizes), strict=True):
+        expected, found = first.module.state_dict(), dict(second.module.named_parameters(remove_duplicate=False))
+        assert found.keys() == expected.keys()
+        for key, parameter in found.items():
+            assert torch.equal(materialize(parameter), expected[key])
+            assert isinstance(parameter, Deferred) or re.fullmatch(r"bias|.*\.rotary\.(cos|sin)|.*norm\.\w+", key), (
+                f"{key} was computed when the model was wrapped"
+            )
 
 
 @pytest.mark.parametrize("language", ["llama", "t5"])
@@ -390,12 +395,6 @@ def test_a_language_model_is_a_line_and_a_module_with_four_functions() -> None:
         module = line.load()
         assert all(callable(getattr(module, name)) for name in ("check_config", "max_positions", "decoder_section"))
         assert callable(module.graphs)
-
-
-def _assert_same(kept: Any, released: Any) -> None:
-    kept, released = copy.copy(kept.state_dict()), released.state_dict()
-    assert kept.keys() == released.keys()
-    assert all(torch.equal(kept[name], released[name]) for name in kept)
 
 
 def _names(nodes: Any) -> set[str]:

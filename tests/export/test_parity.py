@@ -11,13 +11,13 @@ import onnx
 import pytest
 from blipstream_export.build import BuildResult
 from blipstream_export.checkpoint import load_model, open_checkpoint
-from blipstream_export.parity import ParityReport, StageParity, TextParity, Thresholds, compare, measure
+from blipstream_export.parity import THRESHOLDS, ParityReport, StageParity, TextParity, compare, measure
 from blipstream_export.reference import Reference, compute_reference
 from onnx import numpy_helper
 
 from blipstream.errors import ParityError
 
-GOOD_STAGE = StageParity("qformer", cosine=1.0, max_difference=1e-5, max_reference=2.0)
+GOOD_STAGE = StageParity("qformer", "fp32", cosine=1.0, relative_error=1e-6, max_difference=1e-5, max_reference=2.0)
 GOOD_TEXT = TextParity(image=0, prompt="a", expected=(5, 2), found=(5, 2), equal=True)
 
 
@@ -43,7 +43,7 @@ def scale_weight(path: Path, name: str, factor: float) -> None:
 
 
 def report_of(bundle: Path, result: BuildResult, reference: Reference) -> ParityReport:
-    return measure(bundle, result.manifest, reference, Thresholds(), threads=1)
+    return measure(bundle, result.manifest, reference, threads=1)
 
 
 def test_the_bundle_itself_passes(random_bundle: BuildResult, reference: Reference) -> None:
@@ -77,7 +77,7 @@ def test_a_weight_off_by_a_percent_is_found(
 def test_wrong_preprocessing_is_found(random_bundle: BuildResult, reference: Reference) -> None:
     image = random_bundle.manifest.image.model_copy(update={"resample": "bilinear"})
     manifest = random_bundle.manifest.model_copy(update={"image": image})
-    report = measure(random_bundle.bundle, manifest, reference, Thresholds(), threads=1)
+    report = measure(random_bundle.bundle, manifest, reference, threads=1)
     assert report.faults[0].startswith("preprocess ")
 
 
@@ -85,8 +85,13 @@ def test_a_wrong_end_token_is_found(random_bundle: BuildResult, reference: Refer
     early = reference.texts[0].token_ids[3]
     generation = random_bundle.manifest.generation.model_copy(update={"eos_token_ids": (early,)})
     manifest = random_bundle.manifest.model_copy(update={"generation": generation})
-    (fault,) = measure(random_bundle.bundle, manifest, reference, Thresholds(), threads=1).faults
+    (fault,) = measure(random_bundle.bundle, manifest, reference, threads=1).faults
     assert " of 12 greedy texts differ (image " in fault
+
+
+def make_report(*stages: StageParity, agreement: float = 1.0, text: TextParity = GOOD_TEXT) -> ParityReport:
+    thresholds = {stage.precision: THRESHOLDS[stage.precision] for stage in stages}
+    return ParityReport(thresholds, (GOOD_STAGE, *stages), agreement, (GOOD_TEXT, text))
 
 
 @pytest.mark.parametrize(
@@ -94,26 +99,47 @@ def test_a_wrong_end_token_is_found(random_bundle: BuildResult, reference: Refer
     [
         (replace(GOOD_STAGE, cosine=0.9999), "qformer has cosine 0.9999000, and 0.99999 is asked for"),
         (replace(GOOD_STAGE, cosine=float("nan")), "qformer has cosine nan, and 0.99999 is asked for"),
-        (replace(GOOD_STAGE, max_difference=3e-3), "qformer differs by 0.003 where values reach 2"),
-        (replace(GOOD_STAGE, max_difference=float("nan")), "qformer differs by nan where values reach 2"),
+        (replace(GOOD_STAGE, relative_error=3e-3), "qformer has relative error 0.003, and 0.001 is allowed"),
+        (replace(GOOD_STAGE, relative_error=float("nan")), "qformer has relative error nan, and 0.001 is allowed"),
     ],
 )
 def test_thresholds_of_a_stage(stage: StageParity, fault: str) -> None:
-    assert ParityReport(Thresholds(), (GOOD_STAGE,), (GOOD_TEXT,)).faults == []
-    assert ParityReport(Thresholds(), (GOOD_STAGE, stage), (GOOD_TEXT,)).faults == [fault]
+    assert make_report(GOOD_STAGE).faults == []
+    assert make_report(GOOD_STAGE, stage).faults == [fault]
+
+
+def test_each_stage_has_the_thresholds_of_its_precision() -> None:
+    rough = replace(GOOD_STAGE, stage="decoder step", precision="int8", cosine=0.97, relative_error=0.05)
+    assert make_report(GOOD_STAGE, rough).faults == []
+    faults = make_report(GOOD_STAGE, replace(rough, precision="bf16")).faults
+    assert faults == ["decoder step has cosine 0.9700000, and 0.999 is asked for"]
+    for stricter, looser in zip(THRESHOLDS, list(THRESHOLDS)[1:], strict=False):
+        a, b = THRESHOLDS[stricter], THRESHOLDS[looser]
+        assert a.min_cosine > b.min_cosine
+        assert a.max_relative_error < b.max_relative_error
+        assert a.min_agreement > b.min_agreement
 
 
 def test_thresholds_of_the_texts() -> None:
     wrong = replace(GOOD_TEXT, found=(5, 3), equal=False)
-    report = ParityReport(Thresholds(), (GOOD_STAGE,), (GOOD_TEXT, wrong))
+    report = make_report(GOOD_STAGE, text=wrong)
     assert report.faults == ["1 of 2 greedy texts differ (image 0, prompt 'a': expected [5, 2], found [5, 3])"]
+
+
+def test_of_a_quantized_bundle_the_tokens_must_agree_and_not_the_texts() -> None:
+    wrong = replace(GOOD_TEXT, found=(5, 3), equal=False)
+    int8 = replace(GOOD_STAGE, precision="int8")
+    assert make_report(GOOD_STAGE, int8, agreement=0.9, text=wrong).faults == []
+    report = make_report(GOOD_STAGE, int8, agreement=0.8, text=wrong)
+    assert report.faults == ["80.0% of the greedy tokens agree, and 85% is asked for"]
 
 
 def test_cosine_is_that_of_the_worst_row() -> None:
     expected = np.eye(3, dtype=np.float32)[None]  # (1, 3, 3)
     found = expected.copy()
     found[0, 1] = [0, 3, 4]
-    stage = compare("any", found, expected)
-    assert stage == StageParity("any", cosine=0.6, max_difference=4.0, max_reference=1.0)
-    assert compare("any", expected * 0, expected * 0).cosine == 1.0
-    assert np.isnan(compare("any", expected * np.nan, expected).cosine)
+    stage = compare("any", "int8", found, expected)
+    assert stage == StageParity("any", "int8", 0.6, relative_error=2.6, max_difference=4.0, max_reference=1.0)
+    zeros = compare("any", "fp32", expected * 0, expected * 0)
+    assert (zeros.cosine, zeros.relative_error) == (1.0, 0.0)
+    assert np.isnan(compare("any", "fp32", expected * np.nan, expected).cosine)

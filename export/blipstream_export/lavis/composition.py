@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
 from blipstream_export.checkpoint import Checkpoint, assemble
+from blipstream_export.deferred import defer_all
 from blipstream_export.families import Family, find_family
 from blipstream_export.faults import faults_of
 from blipstream_export.lavis.files import read_tensors
@@ -89,7 +90,7 @@ class Composition:
         vision = {f"vision_model.{name}": tensor for name, tensor in self.vit.tensors.items()}
         return {**vision, **self.trained.tensors, **self.language.tensors()}
 
-    def load(self, architecture: Any, **options: Any) -> Any:
+    def load(self, architecture: Any, *, deferred: bool = False, **options: Any) -> Any:
         """Load all weights into ``architecture`` of transformers, whose ViT becomes LAVIS's.
 
         Raises:
@@ -102,7 +103,9 @@ class Composition:
                 super().__init__(config)
                 adapt_vision(self.vision_model, kind)
 
-        return Composed.from_pretrained(None, state_dict=self.tensors(), **options)
+        tensors = self.tensors()
+        state: Mapping[str, Tensor] = defer_all(tensors) if deferred else tensors
+        return Composed.from_pretrained(None, state_dict=state, **options)
 
 
 def compose(parts: LavisParts) -> Composition:

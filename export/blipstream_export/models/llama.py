@@ -66,9 +66,9 @@ def decoder_section(config: Any, *, max_sequences: int, max_tokens: int) -> Deco
     )
 
 
-def graphs(model: Any, sizes: DecoderSection, *, release: bool = False) -> Iterator[Graph]:
+def graphs(model: Any, sizes: DecoderSection) -> Iterator[Graph]:
     """See :class:`~blipstream_export.families.LanguageModule`."""
-    yield Graph(DECODER_FILE, LlamaDecoder(model, sizes.max_tokens, release=release), decoder_inputs(sizes))
+    yield Graph(DECODER_FILE, LlamaDecoder(model, sizes.max_tokens), decoder_inputs(sizes))
 
 
 class LlamaDecoder(CausalDecoder):
@@ -77,10 +77,9 @@ class LlamaDecoder(CausalDecoder):
     Args:
         source: the model of transformers (``LlamaForCausalLM``); parameters are shared where their layout stays.
         max_tokens: positions for which the rotary embedding is computed.
-        release: take what is copied out of ``source`` layer by layer; ``source`` cannot run afterwards.
     """
 
-    def __init__(self, source: Any, max_tokens: int, *, release: bool = False) -> None:
+    def __init__(self, source: Any, max_tokens: int) -> None:
         super().__init__()
         model = source.model
         self.embed_tokens = model.embed_tokens
@@ -88,8 +87,6 @@ class LlamaDecoder(CausalDecoder):
         self.layers = nn.ModuleList()
         for layer in model.layers:
             self.layers.append(_LlamaLayer(layer, rotary))
-            if release:
-                layer.self_attn = layer.mlp = None
         self.final_norm = RMSNorm(model.norm)
         tied = source.lm_head.weight is self.embed_tokens.weight
         self.lm_head = None if tied else source.lm_head  # one name for a tied tensor, so that nothing holds another

@@ -50,9 +50,9 @@ def decoder_section(config: Any, *, max_sequences: int, max_tokens: int) -> Deco
     )
 
 
-def graphs(model: Any, sizes: DecoderSection, *, release: bool = False) -> Iterator[Graph]:
+def graphs(model: Any, sizes: DecoderSection) -> Iterator[Graph]:
     """See :class:`~blipstream_export.families.LanguageModule`."""
-    yield Graph(DECODER_FILE, OPTDecoder(model, release=release), decoder_inputs(sizes))
+    yield Graph(DECODER_FILE, OPTDecoder(model), decoder_inputs(sizes))
 
 
 class OPTDecoder(CausalDecoder):
@@ -60,11 +60,9 @@ class OPTDecoder(CausalDecoder):
 
     Args:
         source: the model of transformers (``OPTForCausalLM``); parameters are shared where their layout stays.
-        release: take the attention modules out of ``source`` one by one, so that fusing doubles one layer at a time
-            and not all of them. ``source`` cannot run afterwards.
     """
 
-    def __init__(self, source: Any, *, release: bool = False) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         decoder = source.model.decoder
         offset = decoder.embed_positions.offset
@@ -74,8 +72,6 @@ class OPTDecoder(CausalDecoder):
         self.layers: Any = nn.ModuleList()
         for layer in decoder.layers:
             self.layers.append(_OPTLayer(layer))
-            if release:
-                layer.self_attn = None
         norm = decoder.final_layer_norm
         self.final_norm = None if norm is None else affine_norm(norm)
         tied = source.lm_head.weight is self.embed_tokens.weight

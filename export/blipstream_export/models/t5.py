@@ -75,10 +75,10 @@ def decoder_section(config: Any, *, max_sequences: int, max_tokens: int) -> Deco
     )
 
 
-def graphs(model: Any, sizes: DecoderSection, *, release: bool = False) -> Iterator[Graph]:
+def graphs(model: Any, sizes: DecoderSection) -> Iterator[Graph]:
     """See :class:`~blipstream_export.families.LanguageModule`."""
-    yield Graph(ENCODER_FILE, T5Encoder(model, release=release), encoder_inputs(sizes))
-    yield Graph(DECODER_FILE, T5Decoder(model, release=release), stepping_decoder_inputs(sizes))
+    yield Graph(ENCODER_FILE, T5Encoder(model), encoder_inputs(sizes))
+    yield Graph(DECODER_FILE, T5Decoder(model), stepping_decoder_inputs(sizes))
 
 
 class T5Encoder(nn.Module):
@@ -86,11 +86,9 @@ class T5Encoder(nn.Module):
 
     Args:
         source: the model of transformers; parameters are shared where their layout stays.
-        release: take what is copied out of ``source`` layer by layer. Of its decoder, the keys and values of the
-            cross-attention are taken, which :class:`T5Decoder` does not need.
     """
 
-    def __init__(self, source: Any, *, release: bool = False) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         encoder, heads = source.encoder, source.encoder.block[0].layer[0].SelfAttention
         self.embed_tokens = encoder.embed_tokens
@@ -99,15 +97,11 @@ class T5Encoder(nn.Module):
         self.layers: Any = nn.ModuleList()
         for block in encoder.block:
             self.layers.append(_EncoderLayer(block))
-            if release:
-                block.layer = None
         self.final_norm = RMSNorm(encoder.final_layer_norm)
         self.cross: Any = nn.ModuleList()
         for block in source.decoder.block:
             heads = block.layer[1].EncDecAttention
             self.cross.append(_CrossKeyValue(heads))
-            if release:
-                heads.k = heads.v = None
 
     def forward(self, input_ids: Tensor, soft_tokens: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         """Read B prompts of S tokens; shapes are those of the encoder's graph in ``blipstream.contract``.
@@ -142,10 +136,9 @@ class T5Decoder(nn.Module):
 
     Args:
         source: the model of transformers; parameters are shared where their layout stays.
-        release: take what is copied out of ``source`` layer by layer.
     """
 
-    def __init__(self, source: Any, *, release: bool = False) -> None:
+    def __init__(self, source: Any) -> None:
         super().__init__()
         decoder, heads = source.decoder, source.decoder.block[0].layer[0].SelfAttention
         self.embed_tokens = decoder.embed_tokens
@@ -154,8 +147,6 @@ class T5Decoder(nn.Module):
         self.layers: Any = nn.ModuleList()
         for block in decoder.block:
             self.layers.append(_DecoderLayer(block))
-            if release:
-                block.layer = None
         self.final_norm = RMSNorm(decoder.final_layer_norm)
         self.logits_scale = source.model_dim**-0.5 if source.config.scale_decoder_outputs else None
         tied = source.lm_head.weight is self.embed_tokens.weight
