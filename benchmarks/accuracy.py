@@ -22,7 +22,6 @@ from PIL import Image
 from benchmarks import workload  # noqa: F401  (puts the demo's folder on the path)
 from blipstream.contract import (
     BLIP2,
-    DECODER_FILE,
     GRAPH_FILE,
     MODEL_VERSION,
     PIXEL_VALUES,
@@ -35,7 +34,7 @@ from blipstream.contract import (
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, SamplingParams
 from blipstream.decoding.text import Tokenizer
-from blipstream.engines import CachedDecoder, create_engine
+from blipstream.engines import create_engine, load_decoder
 from blipstream.preprocess import ImageTransform
 
 from blipstream_demo import evaluation, scenes  # isort: skip  # importable once the workload's module is
@@ -61,8 +60,8 @@ class InProcess:
             )
             for name in (VISION_ENCODER, QFORMER)
         )
-        self._decoder = CachedDecoder(
-            create_engine(manifest.engine, folder / DECODER_FILE, threads=threads), manifest.decoder
+        self._decoder = load_decoder(
+            manifest.decoder, lambda file: create_engine(manifest.engine, folder / file, threads=threads)
         )
         self._stack.callback(self._decoder.close)
         self._tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)

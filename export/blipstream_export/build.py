@@ -178,7 +178,7 @@ class _Build:
         return needs
 
     def _reference(self, model: Any, checkpoint: Checkpoint, sizes: DecoderSection, needs: Needs) -> Reference:
-        """What the checkpoint computes; how much, depends on its size and not on the machine: the bundle does so too."""
+        """What the checkpoint computes; how much of it depends on its size, and not on the machine."""
         extent = BRIEF if needs.weights > _BRIEF_FROM else FULL
         runnable = model if needs.streamed else load_model(checkpoint)
         with observe(runnable) as self._activations:

@@ -91,7 +91,7 @@ def test_a_wrong_end_token_is_found(random_bundle: BuildResult, reference: Refer
 
 def make_report(*stages: StageParity, agreement: float = 1.0, text: TextParity = GOOD_TEXT) -> ParityReport:
     thresholds = {stage.precision: THRESHOLDS[stage.precision] for stage in stages}
-    return ParityReport(thresholds, (GOOD_STAGE, *stages), agreement, (GOOD_TEXT, text))
+    return ParityReport(thresholds, False, (GOOD_STAGE, *stages), agreement, (GOOD_TEXT, text))
 
 
 @pytest.mark.parametrize(

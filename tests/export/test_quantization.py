@@ -116,7 +116,7 @@ def test_layers_that_nothing_is_known_of_get_two_digits(width: int, hidden: int,
     export(module, x, tmp_path / "model.onnx", "int8")
     (found,) = run(tmp_path / "model.onnx", x.numpy())
     hidden_state = np.tanh(two_digits(x.numpy(), module.first), dtype=np.float32)
-    assert_close(found, two_digits(hidden_state, module.second), 1e-4)  # a last digit may go either way
+    assert_close(found, two_digits(hidden_state, module.second), 2e-4)  # a last digit may go either way
     with torch.no_grad():
         assert_close(found, module(x).numpy(), 0.05)
 
