@@ -35,6 +35,7 @@ from blipstream_export.bundle import check_output, copy_models, list_files, new_
 from blipstream_export.checkpoint import Checkpoint, Source, load_model, open_checkpoint
 from blipstream_export.generation import generation_notes, generation_section
 from blipstream_export.graphs import GraphInputs, export_graph, qformer_inputs, vision_inputs
+from blipstream_export.initializers import SharedWeights
 from blipstream_export.models.qformer import InstructionQFormer, QFormer
 from blipstream_export.models.vision import VisionEncoder
 from blipstream_export.needs import Needs, check_disk, estimate_needs
@@ -200,10 +201,12 @@ class _Build:
 
     def _export_decoder(self, model: Any, checkpoint: Checkpoint, sizes: DecoderSection) -> None:
         with self._stage("decoder") as written:
+            shared = SharedWeights() if sizes.encoder is not None else None
             for graph in checkpoint.language.graphs(model.language_model, sizes):
-                written(self._export(graph.module, graph.inputs, "decoder", BLIP2, graph.file))
+                sharing = {"head_tables": graph.head_tables, "shared": shared}
+                written(self._export(graph.module, graph.inputs, "decoder", BLIP2, graph.file, **sharing))
 
-    def _export(self, module: Any, inputs: GraphInputs, stage: str, model: str, file: str) -> int:
+    def _export(self, module: Any, inputs: GraphInputs, stage: str, model: str, file: str, **sharing: Any) -> int:
         path = self._folder / model / MODEL_VERSION / file
         precision = self._precisions.of(stage)
         return export_graph(
@@ -214,6 +217,7 @@ class _Build:
             precision=precision,
             activations=self._activations,
             on_progress=self._observer.progress,
+            **sharing,
         )
 
     @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from blipstream.contract import (
 )
 from blipstream_export.activations import Activations
 from blipstream_export.deferred import Deferred, labels, materialize, stored_types
-from blipstream_export.initializers import WeightTensor, write_model
+from blipstream_export.initializers import SharedWeights, WeightTensor, write_model
 from blipstream_export.lowering import lowering
 from blipstream_export.quantized_graph import quantize_graph
 
@@ -54,6 +54,8 @@ class Graph:
     file: str
     module: nn.Module
     inputs: GraphInputs
+    head_tables: tuple[str, ...] = ()
+    """Names, in the module, of embeddings that another graph of the language model multiplies with as its head."""
 
 
 def vision_inputs(image_size: int) -> GraphInputs:
@@ -172,6 +174,8 @@ def export_graph(
     engine: str,
     precision: Precision = "fp32",
     activations: Activations | None = None,
+    head_tables: Sequence[str] = (),
+    shared: SharedWeights | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> int:
     """Write ``module`` as an ONNX graph for ``engine`` to ``path``; return the bytes of its files.
@@ -186,6 +190,8 @@ def export_graph(
         engine: its name in the manifest.
         precision: of the graph's weights; inputs and outputs are the same in every precision.
         activations: what the linear layers read on samples, for int8.
+        head_tables: as of :class:`Graph`.
+        shared: weights of graphs in the same folder, which are not stored again.
         on_progress: is called with how many bytes of the weights are done, and how many there are.
     """
     with _quiet_exporter(), torch.no_grad():
@@ -208,10 +214,10 @@ def export_graph(
                 value.const_value = _weight_tensor(name, weights[name])
         program.optimize()
         model = program.model
-        quantize_graph(model, precision, activations)
+        quantize_graph(model, precision, activations, head_tables)
         _strip(model)
         try:
-            return write_model(model, path, precision, on_progress=on_progress)
+            return write_model(model, path, precision, shared=shared, on_progress=on_progress)
         finally:
             for value in model.graph.initializers.values():
                 value.const_value = None  # the exporter keeps its last graph, which must not keep the weights

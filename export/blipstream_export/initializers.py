@@ -6,6 +6,7 @@ A graph is made without its weights. Each initializer holds a :class:`WeightTens
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -78,6 +79,23 @@ class Parts:
         return self._ready.pop(name)
 
 
+class SharedWeights:
+    """What the graphs of one folder have stored so far, so that a tensor that two of them use is stored once."""
+
+    def __init__(self) -> None:
+        self._stored: dict[tuple[bytes, ir.DataType, tuple[int, ...]], ir.ExternalTensor] = {}
+
+    def store(self, file: IO[bytes], tensor: TorchTensor, data: Path) -> ir.ExternalTensor:
+        """Where ``tensor`` is: in a file of an earlier graph, or from now on at the end of ``file``, whose path is
+        ``data``."""
+        content = tensor.numpy().reshape(-1).view("uint8")
+        key = hashlib.blake2b(content.data).digest(), tensor.dtype, tuple(tensor.shape.numpy())
+        known = self._stored.get(key)
+        if known is None:
+            known = self._stored[key] = _append(file, tensor, data)
+        return _external(known, tensor.name)
+
+
 def store_as(tensor: Tensor, precision: Precision, *, own_type: torch.dtype | None, may_round: bool) -> Tensor:
     """A float32 weight in the type that it is stored in.
 
@@ -99,21 +117,23 @@ def write_model(
     path: Path,
     precision: Precision,
     *,
+    shared: SharedWeights | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> int:
     """Compute and store every weight of ``model``, write the graph to ``path``, and return the bytes of its files.
 
-    Weights above :data:`EXTERNAL_DATA_BYTES` go to ``path`` + ``.data``. ``on_progress`` is called with how many bytes
-    of weights are done, and how many there are.
+    Weights above :data:`EXTERNAL_DATA_BYTES`, and all that other graphs of the folder may share, go to ``path`` +
+    ``.data``. ``on_progress`` is called with how many bytes of weights are done, and how many there are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     values = list(model.graph.initializers.values())
     sizes = [value.const_value.nbytes if value.const_value else 0 for value in values]
-    if sum(sizes) <= EXTERNAL_DATA_BYTES:
+    if shared is None and sum(sizes) <= EXTERNAL_DATA_BYTES:
         for value in values:
             _store(model.graph, value, precision)
         ir.save(model, path)
         return path.stat().st_size
+    store = _append if shared is None else shared.store
     data, done = path.with_name(path.name + ".data"), 0
     with data.open("wb") as file:
         for value, size in zip(values, sizes, strict=True):
@@ -122,7 +142,7 @@ def write_model(
             _store(model.graph, value, precision)
             tensor = value.const_value
             if isinstance(tensor, TorchTensor) and tensor.nbytes >= _INLINE_BYTES:
-                value.const_value = _append(file, tensor, data)
+                value.const_value = store(file, tensor, data)
             del tensor  # before the next one is computed
     ir.save(model, path)
     return path.stat().st_size + data.stat().st_size
@@ -156,6 +176,12 @@ def _append(file: IO[bytes], tensor: TorchTensor, data: Path) -> ir.ExternalTens
         name=tensor.name or "",
         base_dir=data.parent,
     )
+
+
+def _external(stored: ir.ExternalTensor, name: str | None) -> ir.ExternalTensor:
+    """The same place in the same file, under another name."""
+    place = stored.location, stored.offset, stored.length
+    return ir.ExternalTensor(*place, stored.dtype, shape=stored.shape, name=name or "", base_dir=stored.base_dir)
 
 
 def _cast_back(graph: ir.Graph, value: ir.Value) -> None:

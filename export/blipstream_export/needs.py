@@ -9,7 +9,6 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -72,8 +71,7 @@ def estimate_needs(model: nn.Module, precisions: StagePrecisions, memory: int | 
         stage = next((stage for prefix, stage in _STAGES.items() if name.startswith(prefix)), QFORMER)
         head = id(parameter) in embeddings or name.endswith("lm_head.weight")
         size = _stored_bytes(parameter, precisions.of(stage), id(parameter) in multiplied, head)
-        graphs = 2 if head and _has_encoder(model) else 1  # encoder and decoder each look words up
-        stored[stage] += graphs * size * parameter.numel()
+        stored[stage] += size * parameter.numel()
         weights[stage] += _FP32_BYTES * parameter.numel()
         largest = max(largest, _FP32_BYTES * parameter.numel())
     total = sum(weights.values())
@@ -129,7 +127,3 @@ def _stored_bytes(parameter: Tensor, precision: Precision, multiplied: bool, hea
 
 def _loaded_bytes(stored: float, weights: int, precision: Precision) -> float:
     return _LOADED[precision] * stored if precision in _LOADED else _LOADED_FP32 * weights
-
-
-def _has_encoder(model: Any) -> bool:
-    return bool(model.config.text_config.is_encoder_decoder)

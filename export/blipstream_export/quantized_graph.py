@@ -13,7 +13,7 @@ int4: ``MatMulNBits``, which rounds its input itself, by blocks. The head, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,9 @@ _LARGEST_WEIGHT = {1: 90, 2: 127}
 """Range of the weights, by the number of digits that they are multiplied with: 2 * (2 * 91) * 90 and 2 * (2 * 64) * 127
 are below 2 ** 15. Of the splits that fit 16 bits, about as much for the weights as for an input rounded once loses the
 least."""
+
+_HEAD_DIGITS = 2
+"""The head decides the token."""
 
 _TINY = 1e-30
 _ACCURACY_INT8 = 4
@@ -77,13 +80,16 @@ class _Linear:
         return tensor if self.rows_are_outputs else tensor.T
 
 
-def quantize_graph(model: ir.Model, precision: Precision, activations: Activations | None) -> None:
+def quantize_graph(
+    model: ir.Model, precision: Precision, activations: Activations | None, head_tables: Sequence[str] = ()
+) -> None:
     """Replace every linear layer by one in int8 or int4; other precisions leave the graph as it is.
 
     Args:
         model: the graph, whose weights are :class:`~blipstream_export.initializers.WeightTensor`.
         precision: of its stage.
         activations: what the layers read; a layer that is not among them gets two digits.
+        head_tables: embeddings that are looked up in the form that the head of another graph has them in.
     """
     if precision not in ("int8", "int4"):
         return
@@ -91,13 +97,15 @@ def quantize_graph(model: ir.Model, precision: Precision, activations: Activatio
     model.opset_imports.setdefault(_CONTRIB, 1)
     builder = _Builder(graph, activations or Activations())
     for linear in list(_linear_layers(graph)):
-        gathers = [node for node, index in linear.weight.uses() if node.op_type == "Gather" and index == 0]
+        gathers = _lookups(linear.weight)
         if precision == "int4" and not builder.is_head(linear):
             builder.four_bits(linear)
         else:
             values, scales = builder.eight_bits(linear)
             for gather in gathers:
                 builder.look_up(gather, values, scales)
+    for name in head_tables:
+        builder.table(graph.initializers[name])
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             graph.initializers.pop(name)
@@ -129,10 +137,20 @@ def _transposed_weight(node: ir.Node) -> ir.Value | None:
     return _weight(turned.inputs[0]) if turned is not None and turned.op_type == "Transpose" else None
 
 
+def _lookups(table: ir.Value) -> list[ir.Node]:
+    return [node for node, index in table.uses() if node.op_type == "Gather" and index == 0]
+
+
 def _value(initializer: ir.Value) -> Tensor:
     tensor = initializer.const_value
     assert tensor is not None
     return tensor.compute() if isinstance(tensor, WeightTensor) else torch.from_numpy(tensor.numpy())
+
+
+def _int8_parts(weight: Tensor, digits: int) -> dict[str, Tensor]:
+    """A weight (N, K) as values (K, N) and their scales (N,)."""
+    values, scales = quantize_channels(weight, _LARGEST_WEIGHT[digits])
+    return {"values": values.T.contiguous(), "scales": scales}
 
 
 class _Builder:
@@ -181,6 +199,19 @@ class _Builder:
         operands = (linear.node.inputs[0], codes, scales, None, None, linear.bias)
         self._finish(linear.node, self._op("MatMulNBits", *operands, domain=_CONTRIB, **attributes))
 
+    def table(self, table: ir.Value) -> None:
+        """Quantize embeddings (N, K) as a head's weights (K, N), and let lookups read them."""
+        tensor = table.const_value
+        assert isinstance(tensor, WeightTensor)
+        outputs, inputs = (int(dim) for dim in tensor.shape.numpy())
+        gathers = _lookups(table)
+        self._begin(gathers[0], table.name)
+        parts = Parts(lambda: _int8_parts(tensor.compute(), _HEAD_DIGITS))
+        values = self._weight(parts, "values", torch.int8, (inputs, outputs))
+        scales = self._weight(parts, "scales", torch.float32, (outputs,))
+        for gather in gathers:
+            self.look_up(gather, values, scales)
+
     def look_up(self, gather: ir.Node, values: ir.Value, scales: ir.Value) -> None:
         """Let a lookup of embeddings (N, K) read the columns of int8 weights (K, N)."""
         self._begin(gather, f"{gather.outputs[0].name}")
@@ -197,7 +228,7 @@ class _Builder:
     def _rounding(self, linear: _Linear, x: ir.Value) -> tuple[float | None, int]:
         """What to add to the input before it is rounded, if it is bounded below; and the number of digits."""
         if self.is_head(linear):
-            return None, 2  # it decides the token
+            return None, _HEAD_DIGITS
         producer = x.producer()
         shift = {"Relu": 0.0, "Gelu": _GELU_SHIFT}.get(producer.op_type if producer is not None else "")
         error = self._activations.rounding_error(linear.tensor.labels, shift) if linear.tensor.labels else None
@@ -212,10 +243,9 @@ class _Builder:
         inputs, outputs = linear.size
 
         def compute() -> dict[str, Tensor]:
-            values, scales = quantize_channels(linear.compute(), _LARGEST_WEIGHT[digits])
-            parts = {"values": values.T.contiguous(), "scales": scales}
+            parts = _int8_parts(linear.compute(), digits)
             if shift:
-                added = values.sum(dim=1) * scales * shift
+                added = parts["values"].sum(dim=0) * parts["scales"] * shift
                 parts["bias"] = -added if linear.bias is None else _value(linear.bias) - added
             return parts
 

@@ -15,12 +15,13 @@ import torch
 from blipstream_export.deferred import Deferred, materialize
 from blipstream_export.families import LANGUAGE_MODELS, LanguageModel
 from blipstream_export.graphs import export_graph
+from blipstream_export.initializers import SharedWeights
 from blipstream_export.models import llama, t5
 from blipstream_export.models.llama import LlamaDecoder
 from blipstream_export.models.t5 import T5Decoder, T5Encoder
 from torch import Tensor
 
-from blipstream.contract import DECODER_FILE, DECODER_IO, ENCODER_FILE, DecoderSection
+from blipstream.contract import DECODER_FILE, DECODER_IO, ENCODER_FILE, DecoderSection, Precision
 from blipstream.decoding.request import Prompt
 from blipstream.engines import RowDecoder, create_engine, load_decoder
 from blipstream.engines.decoder import pack_prompts, prefill_inputs
@@ -196,6 +197,28 @@ def load(language: str, model: Any, folder: Path, max_sequences: int = 3) -> Row
     for graph in module.graphs(model, sizes):
         export_graph(graph.module, graph.inputs, folder / graph.file, engine="onnxruntime")
     return load_decoder(sizes, lambda file: create_engine("onnxruntime", folder / file, threads=1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_of_t5_are_stored_once(tied: bool, precision: Precision, tmp_path: Path) -> None:
+    """Both graphs look words up, and one multiplies with the same table if it is tied: in int8 as in fp32."""
+    model = make_model("t5", {"tie_word_embeddings": tied})
+    defer_parameters(model)
+    module, shared = module_of("t5"), SharedWeights()
+    places, heads = [], 0
+    for graph in module.graphs(model, module.decoder_section(model.config, max_sequences=2, max_tokens=CAPACITY)):
+        path, sharing = tmp_path / graph.file, {"head_tables": graph.head_tables, "shared": shared}
+        export_graph(graph.module, graph.inputs, path, engine="onnxruntime", precision=precision, **sharing)
+        saved = onnx.load(path, load_external_data=False).graph
+        tables = {node.input[0] for node in saved.node if node.op_type == "Gather"}
+        sizes = {tuple(x.dims): x for x in saved.initializer if x.name in tables}
+        table = sizes.get((model.config.vocab_size, 48)) or sizes[48, model.config.vocab_size]
+        places.append({entry.key: entry.value for entry in table.external_data})
+        heads += sum(table.name in node.input and node.op_type != "Gather" for node in saved.node)
+        create_engine("onnxruntime", path, threads=1).close()
+    assert places[0] == places[1]
+    assert heads == (1 if tied else 0)
 
 
 @pytest.mark.parametrize(("language", "name"), [case for case in CASES if case[0] != "opt"])

@@ -77,7 +77,9 @@ def decoder_section(config: Any, *, max_sequences: int, max_tokens: int) -> Deco
 
 def graphs(model: Any, sizes: DecoderSection) -> Iterator[Graph]:
     """See :class:`~blipstream_export.families.LanguageModule`."""
-    yield Graph(ENCODER_FILE, T5Encoder(model), encoder_inputs(sizes))
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    tables = ("embed_tokens.weight",) if tied else ()
+    yield Graph(ENCODER_FILE, T5Encoder(model), encoder_inputs(sizes), head_tables=tables)
     yield Graph(DECODER_FILE, T5Decoder(model), stepping_decoder_inputs(sizes))
 
 
