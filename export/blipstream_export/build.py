@@ -6,11 +6,13 @@ import gc
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from PIL import Image
 
 from blipstream.contract import (
     BLIP2,
@@ -30,6 +32,7 @@ from blipstream.contract import (
     VisionSection,
 )
 from blipstream.errors import BundleError
+from blipstream_export.accuracy import Question, measure_accuracy, read_images, read_test_set
 from blipstream_export.activations import Activations, observe
 from blipstream_export.bundle import check_output, copy_models, list_files, new_bundle
 from blipstream_export.checkpoint import Checkpoint, Source, load_model, open_checkpoint
@@ -42,7 +45,7 @@ from blipstream_export.needs import Needs, check_disk, estimate_needs
 from blipstream_export.observer import BuildObserver
 from blipstream_export.parity import THRESHOLDS, ParityReport, Thresholds, measure
 from blipstream_export.precision import StagePrecisions, parse_precision
-from blipstream_export.reference import BRIEF, FULL, Reference, compute_reference
+from blipstream_export.reference import BRIEF, FULL, Reference, compute_reference, exercise
 from blipstream_export.tokenizer import check_qformer_tokenizer, check_tokenizer, save_tokenizer, tokenizer_notes
 from blipstream_export.units import GIB
 
@@ -71,10 +74,19 @@ class BuildOptions:
     prompt. By default 256, or what the model can read if less."""
     replace: bool = False
     """Replace an existing bundle."""
+    calibration: Path | None = None
+    """A folder of images like those that will be served, from which int8 learns where it must be finer; by default a
+    few synthetic images."""
+    test_set: Path | None = None
+    """Questions with their answers (:mod:`blipstream_export.accuracy`), for the report."""
     thresholds: Mapping[Precision, Thresholds] = field(default_factory=lambda: THRESHOLDS)
 
     def __post_init__(self) -> None:
-        parse_precision(self.precision)
+        precisions = parse_precision(self.precision)
+        if self.calibration is not None and not {"int8", "int4"} & set(precisions.as_dict().values()):
+            raise BundleError(
+                f"calibration images are read for int8 and int4, and precision {self.precision!r} has neither"
+            )
         for name in ("max_sequences", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -139,13 +151,18 @@ class _Build:
         self._options = options
         self._precisions = parse_precision(options.precision)
         self._activations: Activations | None = None
+        self._calibration: list[Image.Image] = []
         self._observer = observer
         self.stages: list[StageResult] = []
         self.notes: list[str] = []
 
     def run(self) -> tuple[Manifest, ParityReport]:
         with self._stage("checkpoint"):
+            options = self._options
+            questions = read_test_set(options.test_set) if options.test_set else []
+            self._calibration = read_images(options.calibration) if options.calibration else []
             checkpoint = open_checkpoint(self._source)
+            _check_questions(questions, checkpoint)
             tokenizers = {TOKENIZER_FILE: check_tokenizer(checkpoint)}
             if checkpoint.instructed:
                 tokenizers[QFORMER_TOKENIZER_FILE] = check_qformer_tokenizer(checkpoint)
@@ -169,6 +186,9 @@ class _Build:
         with self._stage("parity"):
             parity = measure(self._folder, manifest, reference, self._options.thresholds)
             parity.check()
+            if questions:
+                accuracy = measure_accuracy(self._folder, questions, on_progress=self._observer.progress)
+                parity = replace(parity, accuracy=accuracy)
             parity.dump(self._folder)
         return manifest, parity
 
@@ -184,6 +204,9 @@ class _Build:
         runnable = model if needs.streamed else load_model(checkpoint)
         with observe(runnable) as self._activations:
             reference = compute_reference(runnable, checkpoint, sizes, extent, on_progress=self._observer.progress)
+        if self._calibration:
+            with observe(runnable) as self._activations:
+                exercise(runnable, checkpoint, self._calibration, on_progress=self._observer.progress)
         del runnable
         gc.collect()  # its weights must be gone before the graphs are written and loaded
         return reference
@@ -227,6 +250,11 @@ class _Build:
         started = time.perf_counter()
         yield sizes.append
         self.stages.append(StageResult(name, time.perf_counter() - started, sum(sizes) if sizes else None))
+
+
+def _check_questions(questions: Sequence[Question], checkpoint: Checkpoint) -> None:
+    if questions and checkpoint.family.image_side.num_frames > 1:
+        raise BundleError(f"{checkpoint.name} reads several frames a request, and a test set asks about single images")
 
 
 def _decoder_sizes(options: BuildOptions, checkpoint: Checkpoint) -> DecoderSection:

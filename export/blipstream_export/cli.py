@@ -54,6 +54,22 @@ def build(
             help="Tokens of one sequence: soft tokens, prompt and answer; behind an encoder (T5), of each of the two.",
         ),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Images like those that will be served, for int8; by default a few synthetic ones.",
+            show_default=False,
+        ),
+    ] = None,
+    test_set: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help="Questions with their answers: the report says how many the bundle gets right.",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     lavis: Annotated[
         Path | None,
@@ -99,7 +115,15 @@ def build(
         }
         with _terminated_cleanly(), _Terminal(console) as observer:
             source = _source(checkpoint, lavis, parts)
-            result = _run(source, output, precision, max_sequences, max_tokens, force, observer)
+            options = {
+                "precision": precision,
+                "max_sequences": max_sequences,
+                "max_tokens": max_tokens,
+                "calibration": calibration,
+                "test_set": test_set,
+                "replace": force,
+            }
+            result = _run(source, output, options, observer)
     except (BlipstreamError, OSError) as error:  # of the latter: no space left, or no permission to write
         errors.print(f"blipstream build: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -136,21 +160,10 @@ def _extra() -> Iterator[None]:
         raise BlipstreamError(f"{error.name} is not installed: building a bundle needs blipstream[export]") from None
 
 
-def _run(
-    checkpoint: str | Source,
-    output: Path,
-    precision: str,
-    max_sequences: int,
-    max_tokens: int | None,
-    force: bool,
-    observer: BuildObserver,
-) -> BuildResult:
+def _run(checkpoint: str | Source, output: Path, options: Mapping[str, Any], observer: BuildObserver) -> BuildResult:
     with _extra():
         from blipstream_export import build as builder
-    options = builder.BuildOptions(
-        precision=precision, max_sequences=max_sequences, max_tokens=max_tokens, replace=force
-    )
-    return builder.build(checkpoint, output, options, observer=observer)
+    return builder.build(checkpoint, output, builder.BuildOptions(**options), observer=observer)
 
 
 class _Terminal(BuildObserver):
@@ -233,6 +246,11 @@ def show(result: BuildResult, console: Console) -> None:
         f"Greedy tokens: {equal} of {len(result.parity.texts)} sample texts equal the checkpoint's; token by token, "
         f"{result.parity.agreement:.1%} agree."
     )
+    if result.parity.accuracy:
+        accuracy = Table("questions", "asked", "right", title="Accuracy on the test set")
+        for kind in result.parity.accuracy:
+            accuracy.add_row(kind.kind, str(kind.asked), f"{kind.right / kind.asked:.1%}")
+        console.print(accuracy)
     for note in result.notes:
         console.print(f"Note: {note}.", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Bundle: {result.bundle}", markup=False, highlight=False, soft_wrap=True)

@@ -31,6 +31,7 @@ from blipstream.engines import create_engine, load_decoder
 from blipstream.errors import ParityError
 from blipstream.instructions import instruction_inputs, pad_instructions
 from blipstream.preprocess import ImageTransform
+from blipstream_export.accuracy import Accuracy
 from blipstream_export.precision import PRECISIONS, StagePrecisions
 from blipstream_export.reference import Floats, Reference, SampleText, sample_prompt
 
@@ -104,6 +105,8 @@ class ParityReport:
     agreement: float
     """Share of the checkpoint's greedy tokens that the bundle chooses, given the image and the tokens before them."""
     texts: tuple[TextParity, ...]
+    accuracy: tuple[Accuracy, ...] = ()
+    """On the user's test set, if there was one."""
 
     @property
     def faults(self) -> list[str]:

@@ -164,6 +164,37 @@ def compute_reference(
     return Reference(images, pixel_values.numpy(), image_embeds.numpy(), readings, texts, streamed)
 
 
+CALIBRATION_PROMPTS = ("", *SAMPLE_PROMPTS[:2])
+_CALIBRATION_TOKENS = 4
+
+
+def exercise(
+    model: Any,
+    checkpoint: Checkpoint,
+    images: Sequence[Image.Image],
+    *,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> None:
+    """Run the checkpoint on a user's images, for what can be observed of its layers meanwhile.
+
+    Each image is captioned or asked about, by :data:`CALIBRATION_PROMPTS` in turn, for a few tokens.
+    """
+    import torch
+
+    from blipstream_export.deferred import computing
+
+    frames = (0,) * checkpoint.family.image_side.num_frames
+    with torch.no_grad(), computing(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for index, image in enumerate(images):
+            on_progress(index, len(images))
+            prompt = CALIBRATION_PROMPTS[index % len(CALIBRATION_PROMPTS)]
+            ids, instruction = _prompt_ids(checkpoint, prompt), instruction_ids(checkpoint, prompt)
+            sample = _Sample(frames, prompt, ids, instruction, _CALIBRATION_TOKENS)
+            pixel_values = checkpoint.processor.image_processor([image], return_tensors="pt")["pixel_values"]
+            _generate(model, checkpoint, pixel_values, sample, (), _CALIBRATION_TOKENS)
+
+
 def _samples(checkpoint: Checkpoint, num_images: int, sizes: DecoderSection) -> list[_Sample]:
     samples = []
     frames = range(checkpoint.family.image_side.num_frames)
