@@ -1,4 +1,4 @@
-"""Command line: ``python -m blipstream_demo train`` and ``python -m blipstream_demo evaluate``."""
+"""Command line: ``python -m blipstream_demo train``, ``evaluate`` and ``test-set``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def main() -> None:
     evaluate.add_argument("--demo", type=Path, default=demo, help="the folder with the checkpoints and the card")
     evaluate.add_argument("--scenes", type=int, default=1000, help="number of test scenes")
     evaluate.add_argument("--only", nargs="+", help="folders of checkpoints; the others' figures are kept")
+    test_set = commands.add_parser("test-set", help="draw test scenes, for blipstream build --test-set")
+    test_set.add_argument("folder", type=Path)
+    test_set.add_argument("--scenes", type=int, default=1000, help="number of test scenes")
     options = parser.parse_args()
     if options.command == "train":
         if not all(name in os.environ for name in _MALLOC):
@@ -37,6 +40,10 @@ def main() -> None:
         from . import pipeline
 
         pipeline.train(options.work, options.out)
+    elif options.command == "test-set":
+        from . import samples
+
+        print(samples.write_test_set(options.folder, options.scenes))
     else:
         from . import evaluation
 

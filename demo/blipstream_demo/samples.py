@@ -1,4 +1,4 @@
-"""The sample images of ``make demo``: test scenes as PNG files, and what is true of them in ``samples.json``."""
+"""Test scenes as PNG files: the sample images of ``make demo``, and a test set for ``blipstream build --test-set``."""
 
 from __future__ import annotations
 
@@ -35,3 +35,21 @@ def write(folder: Path) -> None:
             }
         )
     (folder / "samples.json").write_text(json.dumps(samples, indent=1) + "\n")
+
+
+def write_test_set(folder: Path, count: int) -> Path:
+    """Draw the first ``count`` test scenes, and write what is asked about them to ``questions.jsonl``; return its path.
+
+    A line is ``{"image", "prompt", "answers", "kind"}``: the caption, and one question of each kind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "questions.jsonl"
+    with path.open("w") as file:
+        for index, scene in enumerate(scenes.test_scenes(count)):
+            name = f"{index}.png"
+            scenes.render(scene).save(folder / name, compress_level=1)
+            asked = [(question.prompt, question.answer, question.kind) for question in scenes.questions(scene)]
+            for prompt, answer, kind in [("", scenes.caption(scene), "caption"), *asked]:
+                line = {"image": name, "prompt": prompt, "answers": [answer], "kind": kind}
+                file.write(json.dumps(line) + "\n")
+    return path
