@@ -45,6 +45,7 @@ from blipstream_export.needs import Needs, check_disk, estimate_needs
 from blipstream_export.observer import BuildObserver
 from blipstream_export.parity import THRESHOLDS, ParityReport, Thresholds, measure
 from blipstream_export.precision import StagePrecisions, parse_precision
+from blipstream_export.quantized_graph import LayerPrecision
 from blipstream_export.reference import BRIEF, FULL, Reference, compute_reference, exercise
 from blipstream_export.tokenizer import check_qformer_tokenizer, check_tokenizer, save_tokenizer, tokenizer_notes
 from blipstream_export.units import GIB
@@ -152,6 +153,7 @@ class _Build:
         self._precisions = parse_precision(options.precision)
         self._activations: Activations | None = None
         self._calibration: list[Image.Image] = []
+        self._layers: list[LayerPrecision] = []
         self._observer = observer
         self.stages: list[StageResult] = []
         self.notes: list[str] = []
@@ -185,6 +187,7 @@ class _Build:
             manifest.dump(self._folder)
         with self._stage("parity"):
             parity = measure(self._folder, manifest, reference, self._options.thresholds)
+            parity = replace(parity, layers=tuple(self._layers))
             parity.check()
             if questions:
                 accuracy = measure_accuracy(self._folder, questions, on_progress=self._observer.progress)
@@ -240,6 +243,7 @@ class _Build:
             precision=precision,
             activations=self._activations,
             on_progress=self._observer.progress,
+            on_layer=self._layers.append,
             **sharing,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -246,6 +247,9 @@ def show(result: BuildResult, console: Console) -> None:
         f"Greedy tokens: {equal} of {len(result.parity.texts)} sample texts equal the checkpoint's; token by token, "
         f"{result.parity.agreement:.1%} agree."
     )
+    forms = Counter(layer.form for layer in result.parity.layers)
+    if forms:
+        console.print(f"Matrices: {'; '.join(f'{count} in {form}' for form, count in forms.items())}.")
     if result.parity.accuracy:
         accuracy = Table("questions", "asked", "right", title="Accuracy on the test set")
         for kind in result.parity.accuracy:

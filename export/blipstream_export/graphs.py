@@ -29,7 +29,7 @@ from blipstream_export.activations import Activations
 from blipstream_export.deferred import Deferred, labels, materialize, stored_types
 from blipstream_export.initializers import SharedWeights, WeightTensor, write_model
 from blipstream_export.lowering import lowering
-from blipstream_export.quantized_graph import quantize_graph
+from blipstream_export.quantized_graph import OnLayer, quantize_graph
 
 OPSET = 21
 """The newest opset that ONNX Runtime 1.22 and TensorRT 10 read alike; it has Gelu and LayerNormalization."""
@@ -177,6 +177,7 @@ def export_graph(
     head_tables: Sequence[str] = (),
     shared: SharedWeights | None = None,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_layer: OnLayer = lambda _layer: None,
 ) -> int:
     """Write ``module`` as an ONNX graph for ``engine`` to ``path``; return the bytes of its files.
 
@@ -193,6 +194,7 @@ def export_graph(
         head_tables: as of :class:`Graph`.
         shared: weights of graphs in the same folder, which are not stored again.
         on_progress: is called with how many bytes of the weights are done, and how many there are.
+        on_layer: is told how each matrix is quantized.
     """
     with _quiet_exporter(), torch.no_grad():
         with _without_weights(module) as weights:
@@ -214,7 +216,7 @@ def export_graph(
                 value.const_value = _weight_tensor(name, weights[name])
         program.optimize()
         model = program.model
-        quantize_graph(model, precision, activations, head_tables)
+        quantize_graph(model, precision, activations, head_tables, on_layer)
         _strip(model)
         try:
             return write_model(model, path, precision, shared=shared, on_progress=on_progress)

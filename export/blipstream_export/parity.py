@@ -33,6 +33,7 @@ from blipstream.instructions import instruction_inputs, pad_instructions
 from blipstream.preprocess import ImageTransform
 from blipstream_export.accuracy import Accuracy
 from blipstream_export.precision import PRECISIONS, StagePrecisions
+from blipstream_export.quantized_graph import LayerPrecision
 from blipstream_export.reference import Floats, Reference, SampleText, sample_prompt
 
 PREPROCESS_STAGE, PREFILL_STAGE, STEP_STAGE = "preprocess", "decoder prefill", "decoder step"
@@ -107,6 +108,8 @@ class ParityReport:
     texts: tuple[TextParity, ...]
     accuracy: tuple[Accuracy, ...] = ()
     """On the user's test set, if there was one."""
+    layers: tuple[LayerPrecision, ...] = ()
+    """Of int8 and int4: how each matrix was quantized."""
 
     @property
     def faults(self) -> list[str]:

@@ -13,7 +13,7 @@ int4: ``MatMulNBits``, which rounds its input itself, by blocks. The head, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,26 @@ least."""
 _HEAD_DIGITS = 2
 """The head decides the token."""
 
+_INT8_FORMS = {1: "int8", 2: "int8, two digits"}
 _TINY = 1e-30
 _ACCURACY_INT8 = 4
 _CONTRIB = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class LayerPrecision:
+    """How one matrix was quantized, and why."""
+
+    weight: str
+    """Names of the checkpoint's parameters that it is made of."""
+    form: str
+    """``int8``, ``int8, two digits``, ``int4``; of embeddings that are only looked up, ``int8, looked up``."""
+    rounding_error: float | None = None
+    """What rounding the input to one digit would lose on the samples, relative to the input; None where that does not
+    decide (the head, int4, embeddings) or was not measured."""
+
+
+OnLayer = Callable[[LayerPrecision], None]
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,11 @@ class _Linear:
 
 
 def quantize_graph(
-    model: ir.Model, precision: Precision, activations: Activations | None, head_tables: Sequence[str] = ()
+    model: ir.Model,
+    precision: Precision,
+    activations: Activations | None,
+    head_tables: Sequence[str] = (),
+    on_layer: OnLayer = lambda _layer: None,
 ) -> None:
     """Replace every linear layer by one in int8 or int4; other precisions leave the graph as it is.
 
@@ -90,12 +111,13 @@ def quantize_graph(
         precision: of its stage.
         activations: what the layers read; a layer that is not among them gets two digits.
         head_tables: embeddings that are looked up in the form that the head of another graph has them in.
+        on_layer: is told of each matrix.
     """
     if precision not in ("int8", "int4"):
         return
     graph = model.graph
     model.opset_imports.setdefault(_CONTRIB, 1)
-    builder = _Builder(graph, activations or Activations())
+    builder = _Builder(graph, activations or Activations(), on_layer)
     for linear in list(_linear_layers(graph)):
         gathers = _lookups(linear.weight)
         if precision == "int4" and not builder.is_head(linear):
@@ -156,8 +178,9 @@ def _int8_parts(weight: Tensor, digits: int) -> dict[str, Tensor]:
 class _Builder:
     """Writes nodes in front of the one that they replace."""
 
-    def __init__(self, graph: ir.Graph, activations: Activations) -> None:
+    def __init__(self, graph: ir.Graph, activations: Activations, on_layer: OnLayer) -> None:
         self._graph = graph
+        self._on_layer = on_layer
         self._activations = activations
         self._rounded: dict[tuple[ir.Value, float | None, int], tuple[ir.Value, ir.Value]] = {}
         self._before: ir.Node
@@ -197,6 +220,7 @@ class _Builder:
         scales = self._weight(parts, "scales", torch.float32, (outputs, blocks), torch.float16)
         attributes = {"K": inputs, "N": outputs, "bits": 4, "block_size": BLOCK, "accuracy_level": _ACCURACY_INT8}
         operands = (linear.node.inputs[0], codes, scales, None, None, linear.bias)
+        self._tell(linear.weight, "int4")
         self._finish(linear.node, self._op("MatMulNBits", *operands, domain=_CONTRIB, **attributes))
 
     def table(self, table: ir.Value) -> None:
@@ -205,6 +229,7 @@ class _Builder:
         assert isinstance(tensor, WeightTensor)
         outputs, inputs = (int(dim) for dim in tensor.shape.numpy())
         gathers = _lookups(table)
+        self._tell(table, "int8, looked up")
         self._begin(gathers[0], table.name)
         parts = Parts(lambda: _int8_parts(tensor.compute(), _HEAD_DIGITS))
         values = self._weight(parts, "values", torch.int8, (inputs, outputs))
@@ -223,18 +248,25 @@ class _Builder:
         row_scales = self._op("Unsqueeze", self._op("Gather", scales, ids, axis=0), last)
         self._finish(gather, self._op("Mul", rows, row_scales))
 
+    def _tell(self, weight: ir.Value, form: str, error: float | None = None) -> None:
+        tensor = weight.const_value
+        assert isinstance(tensor, WeightTensor)
+        name = ", ".join(sorted(tensor.labels)) or f"{weight.name}"
+        self._on_layer(LayerPrecision(name, form, None if error is None else float(f"{error:.2g}")))
+
     # --- parts of a layer --------------------------------------------------------------------------------------------
 
     def _rounding(self, linear: _Linear, x: ir.Value) -> tuple[float | None, int]:
         """What to add to the input before it is rounded, if it is bounded below; and the number of digits."""
         if self.is_head(linear):
+            self._tell(linear.weight, _INT8_FORMS[_HEAD_DIGITS])
             return None, _HEAD_DIGITS
         producer = x.producer()
         shift = {"Relu": 0.0, "Gelu": _GELU_SHIFT}.get(producer.op_type if producer is not None else "")
         error = self._activations.rounding_error(linear.tensor.labels, shift) if linear.tensor.labels else None
-        if error is None or error > MAX_ONE_DIGIT_ERROR:
-            return None, 2  # the remainder takes both signs
-        return shift, 1
+        digits = 2 if error is None or error > MAX_ONE_DIGIT_ERROR else 1
+        self._tell(linear.weight, _INT8_FORMS[digits], error)
+        return (None if digits == 2 else shift), digits  # the remainder takes both signs
 
     def _int8_weights(
         self, linear: _Linear, shift: float | None, digits: int

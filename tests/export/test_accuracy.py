@@ -112,6 +112,10 @@ def test_int8_of_the_demo_checkpoint_is_right_as_often(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "bundle" / "parity.json").read_text())
     rows = {row["kind"]: (row["right"], row["asked"]) for row in report["accuracy"]}
     assert rows == {row.kind: (row.right, row.asked) for row in result.parity.accuracy}
+    forms = {row["weight"]: row["form"] for row in report["layers"]}
+    assert forms.pop("language_model.model.decoder.embed_tokens.weight") == "int8, two digits"  # the head's
+    assert len(forms) > 50
+    assert all(row["rounding_error"] < 0.02 for row in report["layers"] if row["form"] == "int8")
     exact = measure_accuracy(_build_fp32(tmp_path), read_test_set(questions))
     for kinds in ({"caption"}, {row.kind for row in exact} - {"caption"}):
         asked, before = (sum(getattr(row, name) for row in exact if row.kind in kinds) for name in ("asked", "right"))
