@@ -128,13 +128,13 @@ def _row(setting: Setting, load: Load, system: str, rounds: Mapping[str, Sequenc
     )
 
 
-def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a CSV file, which is made if it is missing.
+def append_rows(path: Path, rows: Sequence[Setting]) -> None:
+    """Append rows of one kind to a CSV file, which is made if it is missing.
 
     Raises:
         ValueError: the file has other columns than these rows.
     """
-    columns = [field.name for field in dataclasses.fields(Row)]
+    columns = [field.name for field in dataclasses.fields(rows[0])]
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     if not is_new:

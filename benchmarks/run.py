@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime as dt
-import importlib.metadata
-import json
 import os
-import platform
 import shlex
 import sys
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,14 +25,14 @@ from benchmarks.harness import System
 from benchmarks.measure import Plan, Rounds, measure
 from benchmarks.peers import Batching, Blipstream, Transformers
 from benchmarks.plot import draw
-from benchmarks.rows import Row, Setting, append_rows, make_rows
+from benchmarks.rows import Row, append_rows, make_rows
+from benchmarks.setting import make_setting
 from blipstream.triton.server import TritonServer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SEQUENTIAL = "transformers-sequential"
 PEERS = {SEQUENTIAL: 1, "transformers-batch-4": 4, "transformers-batch-16": 16}
 """Batch size of each peer."""
-_VERSIONED = ("blipstream", "onnxruntime", "torch", "transformers")
 _TABLE_WIDTH = 120
 """Columns of the table, in a narrower terminal or in a log as well."""
 
@@ -56,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             build(str(options.checkpoint), bundle, BuildOptions(replace=True))
     with TritonServer(bundle) as server, _systems(server, options.checkpoint, threads) as systems:
         command = shlex.join(["python", "-m", "benchmarks.run", *arguments])
-        setting = _setting(server, options.checkpoint, threads, command, load_average)
+        setting = make_setting(server, options.checkpoint, threads, command, load_average)
         rounds = _measure(systems, plan, console)
     rows = [row for load in plan.loads for row in make_rows(setting, load, rounds[load], list(PEERS))]
     append_rows(options.results / "serving.csv", rows)
@@ -93,32 +88,6 @@ def _systems(server: TritonServer, checkpoint: Path, threads: int) -> Iterator[l
         systems: list[System] = [stack.enter_context(contextlib.closing(Blipstream(server.grpc_url)))]
         systems += [stack.enter_context(Batching(name, generate, size)) for name, size in PEERS.items()]
         yield systems
-
-
-def _setting(server: TritonServer, checkpoint: Path, threads: int, command: str, load_average: float) -> Setting:
-    with urllib.request.urlopen(f"{server.http_url}/v2", timeout=10) as response:
-        triton = json.load(response)["version"]
-    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
-    folder, repository = checkpoint.resolve(), workload.DEMO.parent
-    return Setting(
-        date=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        device=_cpu_model(),
-        cores=threads,
-        threads=threads,
-        load_average=round(load_average, 2),
-        tritonserver=triton,
-        **versions,
-        checkpoint=str(folder.relative_to(repository)) if folder.is_relative_to(repository) else folder.name,
-        command=command,
-    )
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _measure(systems: list[System], plan: Plan, console: Console) -> Rounds:

@@ -1,0 +1,129 @@
+"""Full-size models with random weights.
+
+    python -m benchmarks.fullsize checkpoint opt-2.7b FOLDER     write a checkpoint
+    python -m benchmarks.fullsize run FOLDER BUNDLE --precision int8
+                                                                  build it, and time one caption at a time from the
+                                                                  bundle and from transformers in bf16 and fp32
+
+``run`` adds rows to benchmarks/results/fullsize.csv. It wants a quiet machine, and memory for the model in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.fullsize.measure import Built, Captions, agreement, announced, build, bundle_bytes, generate, serve
+from benchmarks.rows import Setting, append_rows
+from benchmarks.run import RESULTS
+
+PEERS = ("bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class FullSizeRow(Setting):
+    """One system of a run; of a system that builds nothing, the figures of a build are 0."""
+
+    system: str
+    captions: int
+    caption_p50_s: float
+    """Seconds of a caption of 20 tokens."""
+    time_to_first_token_p50_s: float
+    memory_gib: float
+    """Resident, of all processes, when the captions are done."""
+    caption_ratio: float
+    """Time of a caption over that of Blipstream in the same run: how many times as long this system takes."""
+    tokens_equal: float
+    """Share of the tokens of transformers in fp32, up to the first that differs in each caption."""
+    build_s: float
+    build_peak_gib: float
+    bundle_gib: float
+    start_s: float
+    """Seconds until the server was ready."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    if options.command == "checkpoint":
+        from benchmarks.fullsize.checkpoint import write_checkpoint
+
+        write_checkpoint(options.kind, options.folder, options.layers)
+        return 0
+    rows = _run(options, shlex.join(["python", "-m", "benchmarks.fullsize", *arguments]))
+    append_rows(options.results / "fullsize.csv", rows)
+    console = Console()
+    for row in rows:
+        console.print(f"{row.system}: {row.caption_p50_s:.2f} s a caption, {row.caption_ratio:.2f} times Blipstream's")
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.fullsize", description="Full-size models with random weights.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    checkpoint = commands.add_parser("checkpoint", help="write a checkpoint")
+    checkpoint.add_argument("kind", help="opt-2.7b, opt-6.7b or flan-t5-xl")
+    checkpoint.add_argument("folder", type=Path)
+    checkpoint.add_argument("--layers", type=int, help="cut every stack to so many layers, for trials")
+    run = commands.add_parser("run", help="build a bundle, and time captions")
+    run.add_argument("folder", type=Path, help="the checkpoint")
+    run.add_argument("bundle", type=Path)
+    run.add_argument("--precision", default="int8")
+    run.add_argument("--captions", type=int, default=3, help="of each system")
+    run.add_argument("--built", action="store_true", help="take the bundle as it is; the build's figures are 0")
+    run.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    run.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    return parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace, command: str) -> list[FullSizeRow]:
+    threads, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    built = Built(0, 0, "") if options.built else build(options.folder, options.bundle, options.precision)
+    print(built.printed or "built before", announced(built.printed), sep="\n", flush=True)
+    captions, ready, setting = serve(options.bundle, options.captions, options.folder, threads, command, load)
+    systems = {f"blipstream-{options.precision}": captions}
+    for dtype in options.peers:
+        systems[f"transformers-{dtype}"] = generate(options.folder, dtype, options.captions, threads)
+    exact = systems.get("transformers-fp32", captions)
+    rows = [_row(setting, name, own, captions, exact) for name, own in systems.items()]
+    first = dataclasses.replace(
+        rows[0],
+        build_s=round(built.seconds, 1),
+        build_peak_gib=_gib(built.peak_bytes),
+        bundle_gib=_gib(bundle_bytes(options.bundle)),
+        start_s=round(ready, 1),
+    )
+    return [first, *rows[1:]]
+
+
+def _row(setting: Setting, system: str, own: Captions, ours: Captions, exact: Captions) -> FullSizeRow:
+    return FullSizeRow(
+        **dataclasses.asdict(setting),
+        system=system,
+        captions=len(own.seconds),
+        caption_p50_s=round(own.median, 3),
+        time_to_first_token_p50_s=round(own.first_median, 3),
+        memory_gib=_gib(own.memory_bytes),
+        caption_ratio=round(own.median / ours.median, 3),
+        tokens_equal=round(agreement(own.token_ids, exact.token_ids), 4),
+        build_s=0,
+        build_peak_gib=0,
+        bundle_gib=0,
+        start_s=0,
+    )
+
+
+def _gib(count: float) -> float:
+    return round(count / (1 << 30), 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

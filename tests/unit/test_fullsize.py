@@ -1,0 +1,42 @@
+"""Full-size checkpoints, at an eighth of their widths and one layer each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from blipstream_export.checkpoint import load_model, open_checkpoint
+from blipstream_export.weights import read_headers
+
+from benchmarks.fullsize import checkpoint as checkpoints
+from benchmarks.fullsize.measure import agreement, announced
+
+
+@pytest.mark.parametrize("kind", checkpoints.KINDS)
+def test_a_random_checkpoint_is_whole(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_SHARD_BYTES", 16 << 20)
+    checkpoints.write_checkpoint(kind, tmp_path, layers=1, shrink=8)
+    headers = read_headers(tmp_path)
+    assert {header.dtype for header in headers.values()} == {"F16"}
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    model = load_model(open_checkpoint(str(tmp_path)), deferred=False)
+    weights = dict(model.named_parameters())
+    assert index["metadata"]["total_size"] == 2 * sum(weight.numel() for weight in weights.values())
+    matrices = [weight for name, weight in weights.items() if weight.dim() == 2 and "relative" not in name]
+    assert all(0.015 < float(weight.std()) < 0.025 for weight in matrices)
+    rows = torch.nn.functional.normalize(matrices[0][:50], dim=1)
+    assert float((rows @ rows.T - torch.eye(50)).abs().max()) < 0.6, "rows repeat each other"
+
+
+def test_agreement_counts_up_to_the_first_difference() -> None:
+    assert agreement([(1, 2, 3, 4), (5, 6, 7, 8)], [(1, 2, 9, 4), (5, 6, 7, 8)]) == 6 / 8
+
+
+def test_what_a_build_announced() -> None:
+    assert announced("a\nThis build needs about 1 GiB of disk and 2 GiB of memory.\nb") == (
+        "This build needs about 1 GiB of disk and 2 GiB of memory."
+    )
+    assert announced("") == ""
