@@ -111,9 +111,10 @@ OPT = Kind(tokens.build_opt_tokenizer, _opt_config, Recipe("language", steps=155
 LLAMA = Kind(
     tokens.build_llama_tokenizer,
     _llama_config,
-    Recipe("language_llama", steps=950, batch=24),
+    Recipe("language_llama", steps=3000, batch=24),
     placed=True,
     likeness=5.0,
+    again=3,
 )
 T5 = Kind(
     tokens.build_t5_tokenizer,
