@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 WORK := .work
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-checkpoint test check format bench clean
+.PHONY: help install demo demo-checkpoint test test-large check format bench clean
 
 help:
 	@echo "make demo             caption the sample images with the demo checkpoint, on a real Triton server"
 	@echo "make test             the whole test suite"
+	@echo "make test-large       the published models' true shapes, at reduced depth (16 GB of memory, half an hour)"
 	@echo "make check            ruff (lint and format) and mypy strict"
 	@echo "make bench            the benchmarks; adds rows to benchmarks/results/"
 	@echo "make demo-checkpoint  train the demo checkpoint again from nothing (2 cores, up to 4 hours, resumable)"
@@ -35,6 +36,9 @@ demo-checkpoint: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-large: $(INSTALLED)
+	$(BIN)/python -m pytest --large -m large
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -48,6 +48,8 @@ class TinySizes:
     qformer_heads: int = 5
     num_query_tokens: int = 6
     cross_attention_frequency: int = 2
+    vision_intermediate: int | None = None
+    qformer_intermediate: int | None = None
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast, sizes: TinySizes) -> Blip2Processor:
@@ -127,7 +129,7 @@ def make_images(count: int, *, seed: int = 0, size: tuple[int, int] = (64, 48)) 
 def vision_config(sizes: TinySizes) -> dict[str, Any]:
     return {
         "hidden_size": sizes.vision_hidden,
-        "intermediate_size": 2 * sizes.vision_hidden + 1,
+        "intermediate_size": sizes.vision_intermediate or 2 * sizes.vision_hidden + 1,
         "num_hidden_layers": sizes.vision_layers,
         "num_attention_heads": sizes.vision_heads,
         "image_size": sizes.image_size,
@@ -139,7 +141,7 @@ def qformer_config(sizes: TinySizes) -> dict[str, Any]:
     return {
         "vocab_size": 32,
         "hidden_size": sizes.qformer_hidden,
-        "intermediate_size": 2 * sizes.qformer_hidden + 3,
+        "intermediate_size": sizes.qformer_intermediate or 2 * sizes.qformer_hidden + 3,
         "num_hidden_layers": sizes.qformer_layers,
         "num_attention_heads": sizes.qformer_heads,
         "encoder_hidden_size": sizes.vision_hidden,
