@@ -36,7 +36,6 @@ class FullSizeRow(Setting):
     captions: int
     caption_p50_s: float
     """Seconds of a caption of 20 tokens."""
-    time_to_first_token_p50_s: float
     memory_gib: float
     """Resident, of all processes, when the captions are done."""
     caption_ratio: float
@@ -110,7 +109,6 @@ def _row(setting: Setting, system: str, own: Captions, ours: Captions, exact: Ca
         system=system,
         captions=len(own.seconds),
         caption_p50_s=round(own.median, 3),
-        time_to_first_token_p50_s=round(own.first_median, 3),
         memory_gib=_gib(own.memory_bytes),
         caption_ratio=round(own.median / ours.median, 3),
         tokens_equal=round(agreement(own.token_ids, exact.token_ids), 4),

@@ -72,8 +72,6 @@ class Captions:
     """Captions of one system, one after the other."""
 
     seconds: tuple[float, ...]
-    first_seconds: tuple[float, ...]
-    """To the first token."""
     memory_bytes: int
     """Resident, of all its processes, afterwards."""
     token_ids: tuple[tuple[int, ...], ...]
@@ -83,11 +81,6 @@ class Captions:
         """Seconds of a caption."""
         return statistics.median(self.seconds)
 
-    @property
-    def first_median(self) -> float:
-        """Seconds to the first token."""
-        return statistics.median(self.first_seconds)
-
 
 def serve(
     bundle: Path, count: int, checkpoint: Path, threads: int, command: str, load_average: float
@@ -96,7 +89,7 @@ def serve(
 
     The captions, seconds until the server was ready, and the setting of the run (:func:`make_setting`).
     """
-    seconds, first, tokens = [], [], []
+    seconds, tokens = [], []
     started = time.perf_counter()
     with TritonServer(bundle) as server, Client(server.grpc_url, timeout=600) as client:
         ready = time.perf_counter() - started
@@ -104,15 +97,12 @@ def serve(
         for image in images(count + 1):
             file = io.BytesIO()
             image.save(file, "PNG")
-            sent, first_at, ids = time.perf_counter(), 0.0, []
-            for chunk in client.stream(file.getvalue(), "", max_tokens=TOKENS, min_tokens=TOKENS):
-                first_at = first_at or time.perf_counter()
-                ids += chunk.token_ids
+            sent = time.perf_counter()
+            chunks = list(client.stream(file.getvalue(), "", max_tokens=TOKENS, min_tokens=TOKENS))
             seconds.append(time.perf_counter() - sent)
-            first.append(first_at - sent)
-            tokens.append(tuple(ids))
+            tokens.append(tuple(token for chunk in chunks for token in chunk.token_ids))
         memory = _resident(psutil.Process())
-    return Captions(tuple(seconds[1:]), tuple(first[1:]), memory, tuple(tokens[1:])), ready, setting
+    return Captions(tuple(seconds[1:]), memory, tuple(tokens[1:])), ready, setting
 
 
 def _resident(parent: psutil.Process) -> int:
@@ -125,9 +115,7 @@ def generate(folder: Path, dtype: str, count: int, threads: int) -> Captions:
     command = [sys.executable, "-m", "benchmarks.fullsize.peer", str(folder), dtype, str(count), str(threads)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return Captions(
-        tuple(found["seconds"]), tuple(found["first_seconds"]), found["memory"], tuple(map(tuple, found["token_ids"]))
-    )
+    return Captions(tuple(found["seconds"]), found["memory"], tuple(map(tuple, found["token_ids"])))
 
 
 def announced(printed: str) -> str:

@@ -11,46 +11,24 @@ from typing import Any
 import psutil
 import torch
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
-from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.fullsize.measure import TOKENS, images
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class _FirstToken(BaseStreamer):
-    """Notes when the first token is out."""
-
-    at = 0.0
-
-    def put(self, value: Any) -> None:
-        del value
-        self.at = self.at or time.perf_counter()
-
-    def end(self) -> None:
-        pass
-
-
 def caption(folder: Path, dtype: str, count: int) -> dict[str, Any]:
     """Caption ``count`` images after one that is not counted."""
     model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
     processor = Blip2Processor.from_pretrained(folder)
-    seconds, first, tokens = [], [], []
+    seconds, tokens = [], []
     for image in images(count + 1):
-        streamer, sent = _FirstToken(), time.perf_counter()
+        sent = time.perf_counter()
         pixels = processor(images=image, return_tensors="pt")["pixel_values"].to(DTYPES[dtype])
-        output = model.generate(
-            pixel_values=pixels, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS, streamer=streamer
-        )
+        output = model.generate(pixel_values=pixels, do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
         seconds.append(time.perf_counter() - sent)
-        first.append(streamer.at - sent)
         tokens.append(output[0, -TOKENS:].tolist())
-    return {
-        "seconds": seconds[1:],
-        "first_seconds": first[1:],
-        "memory": psutil.Process().memory_info().rss,
-        "token_ids": tokens[1:],
-    }
+    return {"seconds": seconds[1:], "memory": psutil.Process().memory_info().rss, "token_ids": tokens[1:]}
 
 
 if __name__ == "__main__":
