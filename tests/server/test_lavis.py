@@ -52,6 +52,14 @@ VARIANTS: dict[str, Variant] = {
         image_size=112,
         new_tokens=12,
     ),
+    "CLIP and Flan-T5-XL, of their true widths": Variant(
+        "clip",
+        "t5",
+        sizes=true_sizes("clip", text_width=2048),
+        text={"num_layers": 1, "num_heads": 32, "d_kv": 64, "d_ff": 5120},
+        image_size=112,
+        new_tokens=12,
+    ),
 }
 
 
@@ -66,7 +74,10 @@ def build(parts: SavedParts, bundle: Path, image_size: int) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.large) if name.endswith("true widths") else name for name in VARIANTS],
+)
 def test_mixed_requests_equal_lavis(name: str, tmp_path: Path) -> None:
     """32 at once: with prompts of unequal lengths, and without."""
     variant = VARIANTS[name]
