@@ -34,8 +34,9 @@ demo: $(INSTALLED)
 demo-checkpoint: $(INSTALLED)
 	cd demo && ../$(BIN)/python -m blipstream_demo train --work ../$(WORK)/demo-checkpoint
 
+# Two workers, a module's tests together; a thread each for torch, whose threads would wait for each other's cores.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-large: $(INSTALLED)
 	$(BIN)/python -m pytest --large -m large

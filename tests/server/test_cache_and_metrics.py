@@ -15,6 +15,8 @@ from tests.server.wire import ask, generate, metric, metrics, png, runs, settled
 
 pytestmark = pytest.mark.server
 
+IMAGE_MODELS = ("preprocess", "vision_encoder")
+
 
 def test_a_repeated_image_runs_neither_vit_nor_qformer(server: TritonServer) -> None:
     (image,) = (png(picture) for picture in make_images(1, seed=1001))
@@ -52,15 +54,20 @@ def test_pixels_are_kept_as_well(server: TritonServer) -> None:
 
 
 def test_concurrent_new_images_share_batches(server: TritonServer) -> None:
-    """Batches of more than one image run when many arrive at once."""
-    pictures = [png(picture) for picture in make_images(24, seed=1003)]
-    with ThreadPoolExecutor(24) as pool:
-        list(pool.map(lambda image: ask(server.grpc_url, image=image, max_tokens=1), pictures))
-    with triton.InferenceServerClient(server.grpc_url) as client:
-        statistics = [
-            client.get_inference_statistics(model).model_stats[0] for model in ("preprocess", "vision_encoder")
-        ]
-    assert any(batch.batch_size > 1 for model in statistics for batch in model.batch_stats)
+    """Batches of more than one image run when many arrive at once; on a busy machine it may take a second try."""
+
+    def largest_batch() -> int:
+        with triton.InferenceServerClient(server.grpc_url) as client:
+            statistics = [client.get_inference_statistics(model).model_stats[0] for model in IMAGE_MODELS]
+        return max(batch.batch_size for model in statistics for batch in model.batch_stats)
+
+    for attempt in range(5):
+        pictures = [png(picture) for picture in make_images(24, seed=1003 + attempt)]
+        with ThreadPoolExecutor(24) as pool:
+            list(pool.map(lambda image: ask(server.grpc_url, image=image, max_tokens=1), pictures))
+        if largest_batch() > 1:
+            return
+    pytest.fail("every image ran alone")
 
 
 def test_a_failed_image_is_not_kept(server: TritonServer) -> None:

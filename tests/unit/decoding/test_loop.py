@@ -618,7 +618,8 @@ def test_closing_generates_what_was_accepted_to_its_end(threaded):
 
 def test_closing_without_draining_cancels_everything(threaded):
     loop = threaded(FakeDecoder(max_sequences=2, max_tokens=100_000))
-    clients = [Waiter(make_prompt(seed), SamplingParams(max_tokens=90_000)) for seed in range(5)]
+    endless = SamplingParams(max_tokens=90_000, min_tokens=90_000)
+    clients = [Waiter(make_prompt(seed), endless) for seed in range(5)]
     for client in clients:
         loop.submit(client.request)
     assert clients[0].first.wait(60)
