@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 help:
 	@echo "make demo             caption the sample images with the demo checkpoint, on a real Triton server"
 	@echo "make test             the whole test suite"
-	@echo "make test-large       the published models' true shapes, at reduced depth (16 GB of memory, half an hour)"
+	@echo "make test-large       the published models' true shapes, at reduced depth (minutes and gigabytes each)"
 	@echo "make check            ruff (lint and format) and mypy strict"
 	@echo "make bench            the benchmarks; adds rows to benchmarks/results/"
 	@echo "make demo-checkpoint  train the demo checkpoint again from nothing (2 cores, up to 4 hours, resumable)"
