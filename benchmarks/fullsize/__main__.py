@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.fullsize.measure import Built, Captions, agreement, announced, build, bundle_bytes, generate, serve
+from benchmarks.fullsize.measure import Built, Captions, agreement, build, bundle_bytes, generate, serve
 from benchmarks.rows import Setting, append_rows
 from benchmarks.run import RESULTS
 
@@ -37,11 +37,11 @@ class FullSizeRow(Setting):
     caption_p50_s: float
     """Seconds of a caption of 20 tokens."""
     memory_gib: float
-    """Resident, of all processes, when the captions are done."""
+    """Resident, of all processes, when the captions are done; pages that the server's share count once."""
     caption_ratio: float
     """Time of a caption over that of Blipstream in the same run: how many times as long this system takes."""
     tokens_equal: float
-    """Share of the tokens of transformers in fp32, up to the first that differs in each caption."""
+    """Share of the tokens of transformers in fp32, up to the first that differs in each caption; NaN without fp32."""
     build_s: float
     build_peak_gib: float
     bundle_gib: float
@@ -86,12 +86,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _run(options: argparse.Namespace, command: str) -> list[FullSizeRow]:
     threads, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     built = Built(0, 0, "") if options.built else build(options.folder, options.bundle, options.precision)
-    print(built.printed or "built before", announced(built.printed), sep="\n", flush=True)
+    print(built.printed or "built before", flush=True)
     captions, ready, setting = serve(options.bundle, options.captions, options.folder, threads, command, load)
     systems = {f"blipstream-{options.precision}": captions}
     for dtype in options.peers:
         systems[f"transformers-{dtype}"] = generate(options.folder, dtype, options.captions, threads)
-    exact = systems.get("transformers-fp32", captions)
+    exact = systems.get("transformers-fp32")
     rows = [_row(setting, name, own, captions, exact) for name, own in systems.items()]
     first = dataclasses.replace(
         rows[0],
@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace, command: str) -> list[FullSizeRow]:
     return [first, *rows[1:]]
 
 
-def _row(setting: Setting, system: str, own: Captions, ours: Captions, exact: Captions) -> FullSizeRow:
+def _row(setting: Setting, system: str, own: Captions, ours: Captions, exact: Captions | None) -> FullSizeRow:
     return FullSizeRow(
         **dataclasses.asdict(setting),
         system=system,
@@ -111,7 +111,7 @@ def _row(setting: Setting, system: str, own: Captions, ours: Captions, exact: Ca
         caption_p50_s=round(own.median, 3),
         memory_gib=_gib(own.memory_bytes),
         caption_ratio=round(own.median / ours.median, 3),
-        tokens_equal=round(agreement(own.token_ids, exact.token_ids), 4),
+        tokens_equal=round(agreement(own.token_ids, exact.token_ids), 4) if exact else float("nan"),
         build_s=0,
         build_peak_gib=0,
         bundle_gib=0,

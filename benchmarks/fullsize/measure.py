@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -76,6 +75,11 @@ class Captions:
     """Resident, of all its processes, afterwards."""
     token_ids: tuple[tuple[int, ...], ...]
 
+    def __post_init__(self) -> None:
+        lengths = sorted({len(ids) for ids in self.token_ids})
+        if lengths != [TOKENS]:
+            raise ValueError(f"captions must have {TOKENS} tokens each, but they have {lengths}")
+
     @property
     def median(self) -> float:
         """Seconds of a caption."""
@@ -116,12 +120,6 @@ def generate(folder: Path, dtype: str, count: int, threads: int) -> Captions:
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return Captions(tuple(found["seconds"]), found["memory"], tuple(map(tuple, found["token_ids"])))
-
-
-def announced(printed: str) -> str:
-    """What a build said at its start that it would take."""
-    found = re.search(r"This build needs about .*", printed)
-    return found[0] if found else ""
 
 
 def agreement(ours: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> float:

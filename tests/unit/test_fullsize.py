@@ -11,7 +11,7 @@ from blipstream_export.checkpoint import load_model, open_checkpoint
 from blipstream_export.weights import read_headers
 
 from benchmarks.fullsize import checkpoint as checkpoints
-from benchmarks.fullsize.measure import agreement, announced
+from benchmarks.fullsize.measure import TOKENS, Captions, agreement
 
 
 @pytest.mark.parametrize("kind", checkpoints.KINDS)
@@ -35,8 +35,8 @@ def test_agreement_counts_up_to_the_first_difference() -> None:
     assert agreement([(1, 2, 3, 4), (5, 6, 7, 8)], [(1, 2, 9, 4), (5, 6, 7, 8)]) == 6 / 8
 
 
-def test_what_a_build_announced() -> None:
-    assert announced("a\nThis build needs about 1 GiB of disk and 2 GiB of memory.\nb") == (
-        "This build needs about 1 GiB of disk and 2 GiB of memory."
-    )
-    assert announced("") == ""
+@pytest.mark.parametrize("lengths", [(20, 19), (21, 21), ()])
+def test_captions_of_other_lengths_are_not_compared(lengths: tuple[int, ...]) -> None:
+    Captions((1.0,), 1, (tuple(range(TOKENS)),))
+    with pytest.raises(ValueError, match="captions must have 20 tokens each"):
+        Captions((1.0,), 1, tuple(tuple(range(length)) for length in lengths))
