@@ -86,12 +86,13 @@ def make_instructblipvideo(
     video_token_id: int = 319,
     *,
     seed: int = 0,
+    sizes: TinySizes | None = None,
     text: Mapping[str, Any] | None = None,
 ) -> InstructBlipVideoForConditionalGeneration:
     """An InstructBlipVideo, which reads four frames, like :func:`make_instructblip`."""
     from transformers import InstructBlipVideoConfig, InstructBlipVideoForConditionalGeneration
 
-    sections = _sections(language, tokenizer_size, TinySizes(), text, None)
+    sections = _sections(language, tokenizer_size, sizes or TinySizes(), text, None)
     config = InstructBlipVideoConfig(**sections, video_token_index=video_token_id)
     return draw_weights(InstructBlipVideoForConditionalGeneration(config), seed)
 
@@ -113,7 +114,7 @@ def save_instructblipvideo(folder: Path, language: str = "opt", **options: Any) 
 
     Its processor is written by hand: transformers makes none without torchvision.
     """
-    tokenizer, sizes = LANGUAGES[language].tokenizer(image_token=False), TinySizes()
+    tokenizer, sizes = LANGUAGES[language].tokenizer(image_token=False), options.get("sizes") or TinySizes()
     tokenizer.add_tokens(["<video>"], special_tokens=True)
     model = make_instructblipvideo(language, len(tokenizer), tokenizer.convert_tokens_to_ids("<video>"), **options)
     model.save_pretrained(folder)

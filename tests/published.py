@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.checkpoints import TinySizes, save_blip2
-from tests.instructblip import save_instructblip
+from tests.instructblip import save_instructblip, save_instructblipvideo
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Published:
     text: dict[str, Any]
     instructed: bool = False
     image_size: int = 224
+    video: bool = False
 
     def save(self, folder: Path) -> Path:
         """Write a random checkpoint into ``folder``, and return it."""
@@ -38,7 +39,8 @@ class Published:
             qformer_intermediate=3072,
             num_query_tokens=32,
         )
-        save = save_instructblip if self.instructed else save_blip2
+        instructed = save_instructblipvideo if self.video else save_instructblip
+        save = instructed if self.instructed else save_blip2
         return save(folder, self.language, seed=1, sizes=sizes, text=self.text)
 
 
@@ -88,4 +90,5 @@ PUBLISHED = {
     "instructblip-flan-t5-xxl": Published("t5", _t5(4096, 64, 10240), instructed=True),
     "instructblip-vicuna-7b": Published("llama", _llama(4096, 32, 11008), instructed=True),
     "instructblip-vicuna-13b": Published("llama", _llama(5120, 40, 13824), instructed=True),
+    "instructblipvideo-vicuna-7b": Published("llama", _llama(4096, 32, 11008), instructed=True, video=True),
 }
