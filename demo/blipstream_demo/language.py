@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,28 +31,58 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from . import scenes, tokens
 from .reading import PackedReader, PairReader, Predictions, Reader
-from .text import Text, scene_texts
+from .text import Text, scene_texts, spelled_out
 from .training import Ahead, Recipe, Run
 
 QUERIES = 16
 _MAX_NOISE = 0.6  # standard deviation over that of the embeddings
 _WITH_POSITIONS = ("opt",)
-_HARD = ("existence", "relation")
+_EASY = ("colour", "shape", "size", "count")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A part of a language model's pre-training: the recipe, the first training scene, and what is asked about a scene:
+    how many times more questions of the ``hard`` kinds, how many about relations with ``spelled`` out answers, and how
+    likely are the easy ones."""
+
+    recipe: Recipe
+    first: int = 0
+    again: int = 0
+    hard: tuple[str, ...] = ("existence", "relation")
+    spelled: int = 0
+    easy: float = 1.0
+
+    def texts(self, scene: scenes.Scene, rng: np.random.Generator) -> list[Text]:
+        texts = scene_texts(scene, 0, rng)
+        if self.easy < 1:
+            texts = [text for text in texts if text.kind not in _EASY or rng.random() < self.easy]
+        for variant in range(1, self.again + 1):
+            texts += [text for text in scene_texts(scene, variant, rng) if text.kind in self.hard]
+        for variant in range(self.spelled):
+            asked = scenes.questions(scene, variant)
+            texts += [spelled_out(question) for question in asked if question.kind == "relation"]
+        return texts
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of language model: its tokenizer, its config, and its pre-training: the recipe, whether an object's words
+    """A kind of language model: its tokenizer, its config, and its pre-training: the lessons, whether an object's words
     share a slot in the part of the slots that belongs to its place (easier to read than words strewn over the slots;
-    the Q-Former can learn to write either), how strongly tokens attend to their like at first, see
-    :func:`attend_by_likeness`, and how many times more the hard questions are asked about a scene."""
+    the Q-Former can learn to write either), and how strongly tokens attend to their like and to their neighbours at
+    first, see :func:`attend_by_likeness` and :func:`attend_to_neighbours`."""
 
     build_tokenizer: Callable[[], PreTrainedTokenizerFast]
     build_config: Callable[[PreTrainedTokenizerFast], PretrainedConfig]
-    recipe: Recipe
+    lessons: tuple[Lesson, ...]
     placed: bool = False
     likeness: float = 0.0
-    again: int = 0
+    nearness: float = 0.0
+
+    @property
+    def recipe(self) -> Recipe:
+        """That of the last lesson, which leaves the language model as it is used."""
+        return self.lessons[-1].recipe
 
 
 def _opt_config(tokenizer: PreTrainedTokenizerFast) -> OPTConfig:
@@ -107,22 +137,36 @@ def _t5_config(tokenizer: PreTrainedTokenizerFast) -> T5Config:
     )
 
 
-OPT = Kind(tokens.build_opt_tokenizer, _opt_config, Recipe("language", steps=1550, batch=48))
+def _t5_factors(biases: float) -> dict[str, float]:
+    """T5's scores are not scaled down, and its encoder knows the order of words by biases alone: if queries and keys
+    learn as fast as the rest and the biases as slowly, a question remains a bag of words."""
+    return {"relative_attention_bias": biases, r"\.[qk]\.weight": 0.4}
+
+
+def _t5_relations(name: str, steps: int) -> Recipe:
+    """Slower than the first lesson, in which relations came only as the rate fell."""
+    return Recipe(name, steps=steps, batch=16, muon_lr=0.006, adam_lr=1e-3, factors=_t5_factors(6.0))
+
+
+OPT = Kind(tokens.build_opt_tokenizer, _opt_config, (Lesson(Recipe("language", steps=1550, batch=48)),))
 LLAMA = Kind(
     tokens.build_llama_tokenizer,
     _llama_config,
-    Recipe("language_llama", steps=3000, batch=24),
+    (Lesson(Recipe("language_llama", steps=3000, batch=24), again=3),),
     placed=True,
     likeness=5.0,
-    again=3,
 )
 T5 = Kind(
     tokens.build_t5_tokenizer,
     _t5_config,
-    Recipe("language_t5", steps=1020, batch=16, muon_lr=0.01),
+    (
+        Lesson(Recipe("language_t5", steps=2000, batch=16, factors=_t5_factors(10.0)), again=3, spelled=2),
+        Lesson(_t5_relations("language_t5_relations", 600), 32_000, 5, ("relation",), spelled=2, easy=0.5),
+        Lesson(_t5_relations("language_t5_more", 450), 41_600, 6, ("relation",), spelled=1, easy=0.3),
+    ),
     placed=True,
     likeness=5.0,
-    again=3,
+    nearness=4.0,
 )
 
 
@@ -150,6 +194,20 @@ def attend_by_likeness(model: PreTrainedModel, score: float) -> None:
             key[:few] = alike
             asking = alike.view(-1, count, width).repeat_interleave(len(query) // len(key), 0).flatten(0, 1)
             query[: len(asking)] = asking + 0.3 * asking.std() * torch.randn_like(asking)
+
+
+def attend_to_neighbours(model: PreTrainedModel, score: float) -> None:
+    """Start two heads of T5's encoder, of those that :func:`attend_by_likeness` leaves alone, from biases of ``score``
+    for the token before, or behind, and half of it for all on that side."""
+    biases = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    buckets, heads = biases.shape
+    with torch.no_grad():
+        for head, nearest, side in (
+            (heads // 2, 1, slice(0, buckets // 2)),
+            (heads // 2 + 1, buckets // 2 + 1, slice(buckets // 2 + 1, buckets)),
+        ):
+            biases[nearest, head] += score
+            biases[side, head] += score / 2
 
 
 def reader(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> Reader:
@@ -228,18 +286,28 @@ def _waves(width: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1) * 2**0.5
 
 
-def train(work: Path, kind: Kind, recipe: Recipe) -> PreTrainedModel:
-    torch.manual_seed(recipe.seed)
+def train(work: Path, kind: Kind, recipes: Mapping[str, Recipe]) -> PreTrainedModel:
+    """All lessons, by ``recipes`` of their names."""
+    torch.manual_seed(kind.recipe.seed)
     tokenizer = kind.build_tokenizer()
     model = build(kind.build_config(tokenizer))
     if kind.likeness:
         attend_by_likeness(model, kind.likeness)
+    if kind.nearness:
+        attend_to_neighbours(model, kind.nearness)
+    for lesson in kind.lessons:
+        _run(work, model, kind, lesson, recipes[lesson.recipe.name])
+    return model
+
+
+def _run(work: Path, model: PreTrainedModel, kind: Kind, lesson: Lesson, recipe: Recipe) -> None:
+    tokenizer = kind.build_tokenizer()
     read, describe = reader(model.config, tokenizer), Describer(tokenizer, kind.placed)
 
     def prepare(step: int) -> tuple[torch.Tensor, object]:
-        rng = recipe.rng(step)
-        batch = [scenes.scene("train", step * recipe.batch + i) for i in range(recipe.batch)]
-        packed = read.pack([_texts(scene, kind.again, rng) for scene in batch])
+        rng, first = recipe.rng(step), lesson.first + step * recipe.batch
+        batch = [scenes.scene("train", first + i) for i in range(recipe.batch)]
+        packed = read.pack([lesson.texts(scene, rng) for scene in batch])
         return describe(batch, rng), packed
 
     batches = Ahead(prepare)
@@ -250,13 +318,6 @@ def train(work: Path, kind: Kind, recipe: Recipe) -> PreTrainedModel:
         return text_loss(found), {"right": float(found.right().float().mean())}
 
     Run(work, recipe, model, loss).train()
-    return model
-
-
-def _texts(scene: scenes.Scene, again: int, rng: np.random.Generator) -> list[Text]:
-    """The texts of a scene, and ``again`` times others of the hard kinds, which are learnt last."""
-    more = [text for variant in range(1, again + 1) for text in scene_texts(scene, variant, rng) if text.kind in _HARD]
-    return scene_texts(scene, 0, rng) + more
 
 
 @torch.inference_mode()

@@ -22,9 +22,7 @@ RECIPES = {
     recipe.name: recipe
     for recipe in (
         vision.RECIPE,
-        language.OPT.recipe,
-        language.LLAMA.recipe,
-        language.T5.recipe,
+        *(lesson.recipe for kind in (language.OPT, language.LLAMA, language.T5) for lesson in kind.lessons),
         stage_one.RECIPE,
         stage_two.OPT,
         stage_two.T5,
@@ -119,7 +117,7 @@ def _vision(work: Path, plan: Plan) -> None:
 
 def _language(work: Path, plan: Plan, kind: language.Kind) -> None:
     torch.set_num_threads(1)
-    language.train(work, kind, plan.recipes[kind.recipe.name])
+    language.train(work, kind, plan.recipes)
 
 
 def _second(work: Path, plan: Plan, branch: Branch, threads: int = 2) -> None:

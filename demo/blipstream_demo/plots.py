@@ -17,6 +17,8 @@ STAGES = (
     "language",
     "language_llama",
     "language_t5",
+    "language_t5_relations",
+    "language_t5_more",
     "stage_one",
     "stage_two",
     "stage_two_t5",

@@ -382,6 +382,15 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("relation", text, "yes" if (a < b) == (side == 0) else "no")
 
 
+_RELATION = re.compile(r"Is (the .*) (?:to|on) the (left|right) of (the .*)\?")
+
+
+def relation_of(question: Question) -> tuple[str, str, str]:
+    """What a question about a relation asks: x, the side, and y of "is x to the ... of y?"."""
+    x, side, y = _RELATION.fullmatch(question.text).groups()
+    return x, side, y
+
+
 # --- captions -------------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ from .text import Text, scene_texts
 from .training import Ahead, Recipe, Run
 
 OPT = Recipe("stage_two", steps=900, batch=64, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
-T5 = Recipe("stage_two_t5", steps=600, batch=32, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
+T5 = Recipe("stage_two_t5", steps=1050, batch=32, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
 INSTRUCT = Recipe("stage_two_instruct", steps=900, batch=32, muon_lr=0.01, adam_lr=1e-3, warmup=0.04)
 _TEXTS = 5  # of an image in a step
 

@@ -35,6 +35,13 @@ def scene_texts(scene: scenes.Scene, variant: int, rng: np.random.Generator) -> 
     return texts
 
 
+def spelled_out(question: scenes.Question) -> Text:
+    """A question about a relation, answered in a whole sentence: "the green star is to the left of the blue square"."""
+    x, asked, y = scenes.relation_of(question)
+    side = asked if question.answer == "yes" else {"left": "right", "right": "left"}[asked]
+    return Text("spelled out", f"Question: {question.text} Long answer:", f"{x} is to the {side} of {y}")
+
+
 def corpus(count: int = 3000) -> list[str]:
     """What tokenizers are made from: whole texts of training scenes, and the prompts."""
     rng = np.random.default_rng(0)

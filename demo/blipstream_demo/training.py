@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ _TABLES = re.compile("embed|head|shared")  # names of embeddings and output laye
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast a stage learns. ``warmup`` and ``decay`` are fractions of ``steps``."""
+    """How long and how fast a stage learns. ``warmup`` and ``decay`` are fractions of ``steps``; ``factors`` multiply
+    the learning rate of the parameters whose names match a pattern."""
 
     name: str
     steps: int
@@ -38,11 +40,16 @@ class Recipe:
     decay: float = 0.6
     save_every: int = 250
     seed: int = 0
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def rate(self, step: int) -> float:
         """The learning rate's factor: up, flat, then down to 0 along a straight line."""
         done = step / self.steps
         return min(1.0, (step + 1) / (self.warmup * self.steps + 1), (1 - done) / self.decay)
+
+    def factor(self, parameter: str) -> float:
+        """The first of ``factors`` whose pattern the parameter's name matches."""
+        return next((factor for pattern, factor in self.factors.items() if re.search(pattern, parameter)), 1.0)
 
     def rng(self, step: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, step))
@@ -55,7 +62,7 @@ class Muon(torch.optim.Optimizer):
     takes matrices of one shape together.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -94,16 +101,21 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def optimisers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of layers, AdamW for embeddings, heads, norms and biases."""
-    matrices, others = [], []
+    """Muon for the matrices of layers, AdamW for embeddings, heads, norms and biases, in groups of one factor each."""
+    matrices: dict[float, list[nn.Parameter]] = defaultdict(list)
+    others: dict[float, list[nn.Parameter]] = defaultdict(list)
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
         is_matrix = param.ndim == 2 and min(param.shape) >= 64 and not _TABLES.search(name)
-        (matrices if is_matrix else others).append(param)
-    muon = Muon(matrices, recipe.muon_lr, weight_decay=recipe.weight_decay)
-    adam = torch.optim.AdamW(others, recipe.adam_lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+        (matrices if is_matrix else others)[recipe.factor(name)].append(param)
+    muon = Muon(_groups(matrices), recipe.muon_lr, weight_decay=recipe.weight_decay)
+    adam = torch.optim.AdamW(_groups(others), recipe.adam_lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     return [muon, adam]
+
+
+def _groups(params: Mapping[float, list[nn.Parameter]]) -> list[dict[str, Any]]:
+    return [{"params": alike, "factor": factor} for factor, alike in params.items()]
 
 
 class Run:
@@ -149,7 +161,7 @@ class Run:
         rate = self.recipe.rate(self.step)
         for optimiser, base in zip(self.optimisers, (self.recipe.muon_lr, self.recipe.adam_lr), strict=True):
             for group in optimiser.param_groups:
-                group["lr"] = base * rate
+                group["lr"] = base * rate * group["factor"]
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         self.step += 1

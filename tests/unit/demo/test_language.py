@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from blipstream_demo import language, scenes
+from blipstream_demo.text import spelled_out
 from tokenizers import pre_tokenizers
 
 PLACED = {"llama": language.LLAMA, "t5": language.T5}
@@ -73,3 +74,38 @@ def test_slots_without_words_are_told_apart_where_there_are_no_positions():
     assert torch.pdist(embeds).min() > 0.2 * embeds.norm(dim=1).mean()
     opt = language.build(language.OPT.build_config(language.OPT.build_tokenizer()))
     assert not language.description_embeds(opt, empty, noisy=False).any()
+
+
+def test_two_heads_look_to_the_neighbours_at_first():
+    kind = language.T5
+    model = language.build(kind.build_config(kind.build_tokenizer()))
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    before = attention.compute_bias(6, 6)[0].detach()
+    language.attend_to_neighbours(model, 4.0)
+    gained = attention.compute_bias(6, 6)[0].detach() - before
+    assert not gained[:2].any()
+    back, ahead = gained[2:]
+    torch.testing.assert_close(back.diagonal(-1), torch.full((5,), 6.0))
+    torch.testing.assert_close(back.diagonal(-3), torch.full((3,), 2.0))
+    assert not back.triu(1).any()
+    torch.testing.assert_close(ahead.diagonal(1), torch.full((5,), 6.0))
+    torch.testing.assert_close(ahead.diagonal(3), torch.full((3,), 2.0))
+    assert not ahead.tril().any()
+
+
+def test_a_lesson_asks_more_of_what_is_hard_and_less_of_what_is_easy():
+    scene = next(s for s in (scenes.scene("train", i) for i in range(50)) if len(s.things) == 3)
+    plain = language.OPT.lessons[0].texts(scene, np.random.default_rng(0))
+    first, second, third = (lesson.texts(scene, np.random.default_rng(0)) for lesson in language.T5.lessons)
+    for lesson, counts in ((plain, (1, 1, 0)), (first, (4, 4, 2)), (second, (1, 6, 2)), (third, (1, 7, 1))):
+        kinds = [text.kind for text in lesson]
+        assert tuple(map(kinds.count, ("existence", "relation", "spelled out"))) == counts
+    easy = [text for text in second if text.kind in ("colour", "shape", "size", "count")]
+    assert len(easy) < 4
+
+
+def test_a_relation_is_spelled_out_truly():
+    question = scenes.Question("relation", "Is the green star on the left of the blue square?", "no")
+    text = spelled_out(question)
+    assert text.prompt == "Question: Is the green star on the left of the blue square? Long answer:"
+    assert text.target == "the green star is to the right of the blue square"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from blipstream_demo import data, scenes
-from blipstream_demo.training import Ahead, Recipe, Run, orthogonalise, read_log
+from blipstream_demo.training import Ahead, Recipe, Run, optimisers, orthogonalise, read_log
 from torch import nn
 
 RECIPE = Recipe("tiny", steps=14, batch=8, save_every=3)
@@ -60,6 +60,14 @@ def test_a_log_line_cut_short_is_left_out(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text(json.dumps({"step": 10}) + '\n{"step": 2')
     assert read_log(log) == [{"step": 10}]
+
+
+def test_factors_go_to_the_parameters_that_they_name():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in ("q", "other")})
+    recipe = Recipe("x", steps=1, batch=1, factors={r"^q\.weight": 0.5, "bias": 3.0})
+    muon, adam = optimisers(model, recipe)
+    assert [(group["factor"], len(group["params"])) for group in muon.param_groups] == [(0.5, 1), (1.0, 1)]
+    assert [(group["factor"], len(group["params"])) for group in adam.param_groups] == [(3.0, 2)]
 
 
 def test_the_rate_rises_stays_and_falls_to_nothing():
