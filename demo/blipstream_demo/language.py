@@ -295,15 +295,15 @@ def train(work: Path, kind: Kind, recipes: Mapping[str, Recipe]) -> PreTrainedMo
         attend_by_likeness(model, kind.likeness)
     if kind.nearness:
         attend_to_neighbours(model, kind.nearness)
+    read, describe = reader(model.config, tokenizer), Describer(tokenizer, kind.placed)
     for lesson in kind.lessons:
-        _run(work, model, kind, lesson, recipes[lesson.recipe.name])
+        _learn(work, model, lesson, recipes[lesson.recipe.name], read, describe)
     return model
 
 
-def _run(work: Path, model: PreTrainedModel, kind: Kind, lesson: Lesson, recipe: Recipe) -> None:
-    tokenizer = kind.build_tokenizer()
-    read, describe = reader(model.config, tokenizer), Describer(tokenizer, kind.placed)
-
+def _learn(
+    work: Path, model: PreTrainedModel, lesson: Lesson, recipe: Recipe, read: Reader, describe: Describer
+) -> None:
     def prepare(step: int) -> tuple[torch.Tensor, object]:
         rng, first = recipe.rng(step), lesson.first + step * recipe.batch
         batch = [scenes.scene("train", first + i) for i in range(recipe.batch)]

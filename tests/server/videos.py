@@ -11,6 +11,7 @@ from blipstream_client import Client
 from PIL import Image
 
 from tests.checkpoints import make_images
+from tests.server.faithful import CLIENTS
 
 TEXTS = ("", "what happens?", "Describe the video, please", "a")
 Ask = tuple[list[Image.Image], str]
@@ -25,13 +26,13 @@ def mixed_asks(steps: Sequence[int] = (1, 3, 5, 0)) -> list[Ask]:
 
 
 def ask_concurrently(url: str, asks: Sequence[Ask], max_tokens: int) -> list[list[int]]:
-    """The token ids of each answer, sixteen clients at once."""
+    """The token ids of each answer, from as many clients at once as there are for images."""
 
     def work(ask: Ask) -> list[int]:
         with Client(url, timeout=600) as client:
             return list(client.generate(ask[0], ask[1], max_tokens=max_tokens).token_ids)
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(CLIENTS) as pool:
         return list(pool.map(work, asks))
 
 
