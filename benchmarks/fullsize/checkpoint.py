@@ -182,7 +182,23 @@ def _drawn(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         if parameter.dim() > 1:
             start = int(torch.randint(_BLOCK, (), generator=generator))
             copies = -(-(start + parameter.numel()) // _BLOCK)
-            yield name, block.repeat(copies)[start : start + parameter.numel()].reshape(parameter.shape).clone()
+            drawn = block.repeat(copies)[start : start + parameter.numel()].reshape(parameter.shape)
+            yield name, drawn * (_std(name, model.config) / _STD)
         else:
             fill = torch.ones if "norm" in name.lower() and name.endswith("weight") else torch.zeros
             yield name, fill(parameter.shape, dtype=torch.float16)
+
+
+def _std(name: str, config: Blip2Config) -> float:
+    """Standard deviation of a matrix, as transformers draws it (``_init_weights``).
+
+    T5 does not scale its scores; its queries are drawn small in return, or attention would be saturated.
+    """
+    text = config.text_config
+    part = name.split(".")[-2] if "." in name else name
+    if text.model_type != "t5" or not name.startswith("language_model."):
+        return _STD
+    if part in ("shared", "lm_head"):
+        return 1.0
+    widths = {"q": text.d_model * text.d_kv, "o": text.num_heads * text.d_kv, "wo": text.d_ff}
+    return float(widths.get(part, text.d_model) ** -0.5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from blipstream_export.checkpoint import load_model, open_checkpoint
 from blipstream_export.weights import read_headers
+from transformers import T5Config, T5ForConditionalGeneration
 
 from benchmarks.fullsize import checkpoint as checkpoints
 from benchmarks.fullsize.measure import TOKENS, Captions, agreement
@@ -25,10 +26,20 @@ def test_a_random_checkpoint_is_whole(kind: str, tmp_path: Path, monkeypatch: py
     model = load_model(open_checkpoint(str(tmp_path)), deferred=False)
     weights = dict(model.named_parameters())
     assert index["metadata"]["total_size"] == 2 * sum(weight.numel() for weight in weights.values())
-    matrices = [weight for name, weight in weights.items() if weight.dim() == 2 and "relative" not in name]
+    matrices = [weight for name, weight in weights.items() if weight.dim() == 2 and "language_model" not in name]
     assert all(0.015 < float(weight.std()) < 0.025 for weight in matrices)
     rows = torch.nn.functional.normalize(matrices[0][:50], dim=1)
     assert float((rows @ rows.T - torch.eye(50)).abs().max()) < 0.6, "rows repeat each other"
+
+
+def test_t5_is_drawn_as_transformers_draws_it(tmp_path: Path) -> None:
+    checkpoints.write_checkpoint("flan-t5-xl", tmp_path, layers=1, shrink=8)
+    drawn = dict(load_model(open_checkpoint(str(tmp_path)), deferred=False).language_model.named_parameters())
+    torch.manual_seed(0)
+    config = T5Config.from_dict(json.loads((tmp_path / "config.json").read_text())["text_config"])
+    for name, weight in T5ForConditionalGeneration(config).named_parameters():
+        if weight.dim() == 2 and "relative" not in name:  # of which there are few
+            assert drawn[name].std().item() == pytest.approx(weight.std().item(), rel=0.1), name
 
 
 def test_agreement_counts_up_to_the_first_difference() -> None:
