@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from blipstream.contract import (
     DECODER_IO,
@@ -28,8 +29,9 @@ from blipstream.contract import (
 from blipstream_export.activations import Activations
 from blipstream_export.deferred import Deferred, labels, materialize, stored_types
 from blipstream_export.initializers import SharedWeights, WeightTensor, write_model
-from blipstream_export.lowering import lowering
+from blipstream_export.lowering import finish, lowering
 from blipstream_export.quantized_graph import OnLayer, quantize_graph
+from blipstream_export.typed import Typed, convert, weight_types
 
 OPSET = 21
 """The newest opset that ONNX Runtime 1.22 and TensorRT 10 read alike; it has Gelu and LayerNormalization."""
@@ -45,6 +47,18 @@ class GraphInputs:
     free_dims: tuple[Any, ...]
     input_names: list[str]
     output_names: list[str]
+    cached: frozenset[str] = frozenset()
+    """Names of what is kept in a cache: it has the type that the graph computes in, and all else is float32."""
+
+    def fixed(self, sizes: Mapping[str, int]) -> GraphInputs:
+        """The same with some of the free dimensions fixed: ``sizes`` maps their names."""
+        args, free_dims = _fix(self.args, self.free_dims, sizes)
+        return replace(self, args=args, free_dims=free_dims)
+
+    def typed(self, dtype: torch.dtype) -> GraphInputs:
+        """The same for a graph that computes in ``dtype``: sample caches have it as well."""
+        names = iter(self.input_names)
+        return replace(self, args=tree_map(lambda x: x.to(dtype) if next(names) in self.cached else x, self.args))
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,8 @@ def encoder_inputs(sizes: DecoderSection) -> GraphInputs:
         ENCODER_IO.soft_tokens: (torch.zeros(_NUM_SOFT, sizes.hidden_size), {0: "num_soft_tokens"}),
         ENCODER_IO.lengths: (torch.full((_BATCH,), _LENGTH, dtype=torch.int32), _ROWS),
     }
-    return _graph_inputs(small, [], [], ENCODER_IO.outputs(sizes.num_layers))
+    inputs = _graph_inputs(small, [], [], ENCODER_IO.outputs(sizes.num_layers))
+    return replace(inputs, cached=frozenset(inputs.output_names))
 
 
 def stepping_decoder_inputs(sizes: DecoderSection) -> GraphInputs:
@@ -163,7 +178,20 @@ def _graph_inputs(
         free_dims=(*(dims for _, dims in small.values()), *(dims for _, dims in caches)),
         input_names=[*small, *cache_names],
         output_names=output_names,
+        cached=frozenset([*cache_names, *output_names]) - {DECODER_IO.logits},
     )
+
+
+def _fix(args: Any, free_dims: Any, sizes: Mapping[str, int]) -> tuple[Any, Any]:
+    """Samples and free dimensions, in the same nest of tuples and lists, with dimensions that ``sizes`` has fixed."""
+    if not isinstance(args, Tensor):
+        pairs = [_fix(arg, dims, sizes) for arg, dims in zip(args, free_dims, strict=True)]
+        return type(args)(arg for arg, _ in pairs), type(free_dims)(dims for _, dims in pairs)
+    fixed = {axis: sizes[name] for axis, name in (free_dims or {}).items() if name in sizes}
+    if not fixed:
+        return args, free_dims
+    shape = [fixed.get(axis, size) for axis, size in enumerate(args.shape)]
+    return args.new_zeros(shape), {axis: name for axis, name in free_dims.items() if axis not in fixed}
 
 
 def export_graph(
@@ -173,6 +201,7 @@ def export_graph(
     *,
     engine: str,
     precision: Precision = "fp32",
+    dtype: torch.dtype = torch.float32,
     activations: Activations | None = None,
     head_tables: Sequence[str] = (),
     shared: SharedWeights | None = None,
@@ -190,19 +219,23 @@ def export_graph(
         path: the ``.onnx`` file; large weights go to ``path`` + ``.data`` (:mod:`blipstream_export.initializers`).
         engine: its name in the manifest.
         precision: of the graph's weights; inputs and outputs are the same in every precision.
+        dtype: what the graph computes in, where that is not float32: weights and activations have this type, and so
+            have the caches (:mod:`blipstream_export.typed`); other inputs and outputs are float32 all the same.
         activations: what the linear layers read on samples, for int8.
         head_tables: as of :class:`Graph`.
         shared: weights of graphs in the same folder, which are not stored again.
         on_progress: is called with how many bytes of the weights are done, and how many there are.
         on_layer: is told how each matrix is quantized.
     """
+    inputs = inputs.typed(dtype)
+    types = weight_types(module, dtype)
     with _quiet_exporter(), torch.no_grad():
-        with _without_weights(module) as weights:
+        with _without_weights(module, types) as weights:
             program = torch.onnx.export(
-                module.eval(),
+                Typed(module, dtype, inputs).eval(),
                 inputs.args,
                 dynamo=True,
-                dynamic_shapes=inputs.free_dims,
+                dynamic_shapes=(inputs.free_dims,),
                 input_names=inputs.input_names,
                 output_names=inputs.output_names,
                 custom_translation_table=lowering(engine),
@@ -212,10 +245,13 @@ def export_graph(
             )
         assert program is not None
         for name, value in program.model.graph.initializers.items():
-            if name in weights:
-                value.const_value = _weight_tensor(name, weights[name])
+            if (own := name.removeprefix(Typed.PREFIX)) in weights:
+                tensor = weights[own]
+                value.const_value = _weight_tensor(own, tensor, types.get(id(tensor), tensor.dtype))
         program.optimize()
         model = program.model
+        _rename_weights(model)
+        finish(engine, model)
         quantize_graph(model, precision, activations, head_tables, on_layer)
         _strip(model)
         try:
@@ -225,9 +261,21 @@ def export_graph(
                 value.const_value = None  # the exporter keeps its last graph, which must not keep the weights
 
 
+def _rename_weights(model: ir.Model) -> None:
+    """Give weights the names that they have in the wrapper."""
+    initializers = model.graph.initializers
+    for name in [name for name in initializers if name.startswith(Typed.PREFIX)]:
+        value = initializers.pop(name)
+        value.name = name.removeprefix(Typed.PREFIX)
+        initializers[value.name] = value
+
+
 @contextmanager
-def _without_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within the block, parameters and buffers of ``module`` have shapes and no values; it yields them as they were."""
+def _without_weights(module: nn.Module, types: Mapping[int, torch.dtype]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, parameters and buffers of ``module`` have shapes and no values; it yields them as they were.
+
+    ``types`` has the types, by a tensor's ``id``, of those that have another within the block.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     weights = {name: tensor for tensors in named for name, tensor in tensors}
@@ -242,7 +290,7 @@ def _without_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     for holder, name, tensor in places:
         if id(tensor) not in fakes:
             with mode:
-                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                fake = torch.empty(tensor.shape, dtype=types.get(id(tensor), tensor.dtype))
             fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
         holder[name] = fakes[id(tensor)]
     try:
@@ -256,11 +304,11 @@ def _tensor_dicts(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     return module._parameters, module._buffers
 
 
-def _weight_tensor(name: str, tensor: Tensor) -> WeightTensor:
+def _weight_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> WeightTensor:
     types = stored_types(tensor)
     return WeightTensor(
-        lambda: materialize(tensor),
-        tensor.dtype,
+        lambda: convert(materialize(tensor), dtype, name),
+        dtype,
         tuple(tensor.shape),
         name=name,
         labels=frozenset(labels(tensor)),

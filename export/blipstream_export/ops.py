@@ -152,23 +152,26 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Te
 
 
 @torch.library.custom_op("blipstream::distance_bias", mutates_args=())
-def distance_bias(table: Tensor, position_ids: Tensor, total_sequence_length: Tensor) -> Tensor:
+def distance_bias(table: Tensor, position_ids: Tensor, total_sequence_length: Tensor, cache: Tensor) -> Tensor:
     """What a token adds to its scores for earlier tokens, by their distance: a bias for :func:`cached_attention`.
 
     Args:
         table: (R, H), a row for each distance from 0; its last row stands for every larger distance.
         position_ids: (B, 1) int64, position of each row's token.
         total_sequence_length: () int32, L.
+        cache: (B, H, T, D), that of the tokens which the bias is for; an engine whose shapes are fixed gives T entries
+            in place of L.
 
     Returns:
         (B, H, 1, L). Entries for later tokens are of no meaning.
     """
+    del cache
     distances = position_ids - torch.arange(int(total_sequence_length))  # (B, L)
     return table[distances.clamp(0, len(table) - 1)].transpose(1, 2).unsqueeze(2)
 
 
 @distance_bias.register_fake
-def _(table: Tensor, position_ids: Tensor, _longest: Tensor) -> Tensor:
+def _(table: Tensor, position_ids: Tensor, _longest: Tensor, _cache: Tensor) -> Tensor:
     longest = torch.library.get_ctx().new_dynamic_size()
     return table.new_empty(position_ids.shape[0], table.shape[1], 1, longest)
 

@@ -188,6 +188,9 @@ def triton_models(*, instructed: bool) -> tuple[ModelSpec, ...]:
 #   past_cross_key.{i}, past_cross_value.{i}        FP32 (B, H, T_prompt, D_head): what the encoder gave, in rows of
 #                                                   T_prompt tokens
 #   present_cross_key.{i}, present_cross_value.{i}  same shape; bound to the memory of past_cross_*, and unchanged
+#
+# That is how ONNX Runtime's graphs for the CPU are. In a graph that computes in half precision, caches have its type. A
+# graph may do without inputs that it has no use for and outputs that are inputs (``DecoderIO.optional``).
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,12 @@ class DecoderIO:
     def cross_outputs(self, num_layers: int) -> list[str]:
         """Names of the outputs of the cross-attention's cache, in the order of :meth:`cache_inputs`."""
         return [f"present_cross_{part}.{layer}" for layer in range(num_layers) for part in ("key", "value")]
+
+    def optional(self, num_layers: int) -> frozenset[str]:
+        """Names that a graph need not have: positions and the largest lengths, where all follows from each row's own
+        length, and the cross-attention's cache as an output, since it is not changed."""
+        implied = (self.position_ids, self.total_sequence_length, self.cross_total_sequence_length)
+        return frozenset((*implied, *self.cross_outputs(num_layers)))
 
 
 @dataclass(frozen=True)

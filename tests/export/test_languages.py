@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import pytest
 import torch
@@ -19,64 +17,31 @@ from blipstream_export.initializers import SharedWeights
 from blipstream_export.models import llama, t5
 from blipstream_export.models.llama import LlamaDecoder
 from blipstream_export.models.t5 import T5Decoder, T5Encoder
-from torch import Tensor
 
 from blipstream.contract import DECODER_FILE, DECODER_IO, ENCODER_FILE, DecoderSection, Precision
-from blipstream.decoding.request import Prompt
 from blipstream.engines import RowDecoder, create_engine, load_decoder
 from blipstream.engines.decoder import pack_prompts, prefill_inputs
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
-from tests.checkpoints import make_blip2
 from tests.deferring import defer_parameters
-from tests.languages import LANGUAGES, LLAMA_VARIANTS, OPT_VARIANTS, T5_VARIANTS
-
-VARIANTS = {"opt": OPT_VARIANTS, "llama": LLAMA_VARIANTS, "t5": T5_VARIANTS}
-CASES = [(language, name) for language, variants in VARIANTS.items() for name in variants]
-VOCAB_SIZE = {"opt": 320, "llama": 340, "t5": 62}
-CAPACITY = 24
+from tests.export.language_models import (
+    CAPACITY,
+    CASES,
+    VARIANTS,
+    VOCAB_SIZE,
+    assert_close,
+    decode_along,
+    expected_logits,
+    make_model,
+    make_prompts,
+    module_of,
+)
+from tests.languages import LANGUAGES, LLAMA_VARIANTS, T5_VARIANTS
 
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Any:
     with torch.no_grad():
         yield
-
-
-def make_model(language: str, text: dict[str, Any] | None = None) -> Any:
-    size = VOCAB_SIZE[language]
-    return make_blip2(language, size, size - 1, seed=5, text=text).language_model
-
-
-def module_of(language: str) -> Any:
-    (line,) = [line for line in LANGUAGE_MODELS if line.model_type == language]
-    return line.load()
-
-
-def make_prompts(model: Any, lengths: Sequence[tuple[int, int]], seed: int = 1) -> list[Prompt]:
-    """Prompts of so many soft tokens and so many tokens of text."""
-    rng = np.random.default_rng(seed)
-    width, size = model.get_input_embeddings().weight.shape[1], model.config.vocab_size
-    return [
-        Prompt(rng.standard_normal((soft, width)).astype(np.float32), tuple(rng.integers(0, size - 1, text).tolist()))
-        for soft, text in lengths
-    ]
-
-
-def expected_logits(model: Any, prompt: Prompt, generated: Sequence[int]) -> npt.NDArray[np.float32]:
-    """Logits (V,) behind a prompt and generated tokens: the whole sequence in transformers, without a cache."""
-    words = model.get_input_embeddings()(torch.tensor(prompt.token_ids))
-    embeds = torch.cat([torch.from_numpy(prompt.soft_tokens), words])
-    if model.config.is_encoder_decoder:
-        ids = torch.tensor([[model.config.decoder_start_token_id, *generated]])
-        return model(inputs_embeds=embeds[None], decoder_input_ids=ids, use_cache=False).logits[0, -1].numpy()
-    if generated:
-        embeds = torch.cat([embeds, model.get_input_embeddings()(torch.tensor(generated))])
-    return model(inputs_embeds=embeds[None], use_cache=False).logits[0, -1].numpy()
-
-
-def assert_close(found: Tensor, expected: Tensor, tolerance: float = 3e-5) -> None:
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 # --- wrappers, run eagerly -------------------------------------------------------------------------------------------
@@ -223,26 +188,9 @@ def test_embeddings_of_t5_are_stored_once(tied: bool, precision: Precision, tmp_
 
 @pytest.mark.parametrize(("language", "name"), [case for case in CASES if case[0] != "opt"])
 def test_graphs_compute_the_logits_of_transformers(language: str, name: str, tmp_path: Path) -> None:
-    """Rows of unequal lengths, prefilled at different times, then stepped together."""
     model = make_model(language, VARIANTS[language][name])
     decoder = load(language, model, tmp_path)
-    start = 1 if model.config.is_encoder_decoder else None
-    prompts = make_prompts(model, [(4, 5), (2, 1), (1, 12)])
-    generated: list[list[int]] = [[], [], []]
-
-    def check(found: npt.NDArray[np.float32], first: int) -> None:
-        for row, logits in enumerate(found, first):
-            expected = expected_logits(model, prompts[row], generated[row])
-            np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-5 * np.abs(expected).max())
-            generated[row].append(int(logits.argmax()))
-
-    check(decoder.prefill(0, prompts[:1]), 0)
-    for step in range(7):
-        if step == 2:
-            check(decoder.prefill(1, prompts[1:]), 1)
-        running = [row for row in range(3) if generated[row]]
-        lengths = [(start or prompts[row].num_tokens) + len(generated[row]) - 1 for row in running]
-        check(decoder.decode(np.array([generated[row][-1] for row in running]), np.array(lengths)), 0)
+    decode_along(decoder, model)
     decoder.close()
 
 

@@ -181,7 +181,7 @@ class T5Decoder(nn.Module):
             logits (B, V) float32; the present key and value of each layer in turn; the same of the cross-attention.
         """
         hidden = self.embed_tokens(input_ids.reshape(-1))  # (B, C)
-        bias = distance_bias(self.bias, position_ids, total_sequence_length)  # (B, H, 1, L)
+        bias = distance_bias(self.bias, position_ids, total_sequence_length, past[0])  # (B, H, 1, L)
         present: list[Tensor] = []
         present_cross: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -290,6 +290,8 @@ class _FeedForward(nn.Module):
     ``wo`` has a type of its own: transformers keeps it in fp32 where the other weights are halves, and from the first
     of them on the residual stream is fp32 as well.
     """
+
+    float32_in_fp16 = ("wo",)
 
     def __init__(self, source: Any) -> None:
         super().__init__()

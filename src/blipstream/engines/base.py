@@ -77,10 +77,21 @@ class Engine(ABC):
         return self._bind(inputs, outputs)
 
     def allocate_cache(
-        self, *, num_layers: int, num_rows: int, num_heads: int, max_tokens: int, head_dim: int
+        self, name: str, *, num_layers: int, num_rows: int, num_heads: int, max_tokens: int, head_dim: int
     ) -> KVCache:
-        """Allocate a KV cache in the memory that this engine computes in: the host's, unless an engine overrides it."""
-        return KVCache(num_layers, num_rows, num_heads, max_tokens, head_dim)
+        """Allocate a KV cache in the memory that this engine computes in: the host's, unless an engine overrides it.
+
+        Args:
+            name: of one of the inputs that read the cache; the cache has its type.
+            num_layers: with a key and a value tensor each.
+            num_rows: S of :class:`KVCache`.
+            num_heads: H.
+            max_tokens: T.
+            head_dim: D.
+        """
+        types = {info.name: info.dtype for info in self.inputs}
+        dtype = types.get(name, np.dtype(np.float32))  # a graph that lacks it is refused when its tensors are checked
+        return KVCache(num_layers, num_rows, num_heads, max_tokens, head_dim, dtype)
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,18 +12,27 @@ _ALIGNMENT = 64
 
 
 class KVCache:
-    """Key and value tensors (S, H, T, D) float32 of each layer: S rows of T tokens.
+    """Key and value tensors (S, H, T, D) of each layer: S rows of T tokens.
 
     The memory is reserved at once and filled by the operating system page by page, when a row is first written: unused
     rows and the unused end of each row cost nothing. An engine with memory of its own allocates a subclass that keeps
     the tensors there (:meth:`~blipstream.engines.base.Engine.allocate_cache`).
     """
 
-    def __init__(self, num_layers: int, num_rows: int, num_heads: int, max_tokens: int, head_dim: int) -> None:
-        shape = (num_rows, num_heads, max_tokens, head_dim)
-        self.tensors = [_aligned_zeros(shape) for _ in range(2 * num_layers)]  # key, value of layer 0, of layer 1, ...
+    def __init__(
+        self,
+        num_layers: int,
+        num_rows: int,
+        num_heads: int,
+        max_tokens: int,
+        head_dim: int,
+        dtype: npt.DTypeLike = np.float32,
+    ) -> None:
+        shape, type_ = (num_rows, num_heads, max_tokens, head_dim), np.dtype(dtype)
+        # key, value of layer 0, of layer 1, ...
+        self.tensors = [_aligned_zeros(shape, type_) for _ in range(2 * num_layers)]
 
-    def rows(self, first: int, count: int) -> list[npt.NDArray[np.float32]]:
+    def rows(self, first: int, count: int) -> list[npt.NDArray[Any]]:
         """Rows ``first .. first + count - 1`` of every tensor, as contiguous views (count, H, T, D)."""
         return [tensor[first : first + count] for tensor in self.tensors]
 
@@ -31,8 +42,8 @@ class KVCache:
             tensor[target, :, :length] = tensor[source, :, :length]
 
 
-def _aligned_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    num_bytes = int(np.prod(shape)) * np.dtype(np.float32).itemsize
+def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
     memory = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + num_bytes].view(np.float32).reshape(shape)
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)

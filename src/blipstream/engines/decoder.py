@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from blipstream.contract import DECODER_IO, DecoderSection
 from blipstream.decoding.request import Prompt
-from blipstream.engines.base import Array, BoundRun, Engine
+from blipstream.engines.base import Array, BoundRun, Engine, TensorInfo
 from blipstream.engines.cache import KVCache
 from blipstream.errors import EngineError
 
@@ -34,6 +34,7 @@ class RowDecoder(ABC):
         self._engine = engine
         self._sizes = sizes
         self._cache = engine.allocate_cache(
+            DECODER_IO.cache_inputs(sizes.num_layers)[0],
             num_layers=sizes.num_layers,
             num_rows=sizes.max_sequences,
             num_heads=sizes.num_key_value_heads,
@@ -120,14 +121,15 @@ class RowDecoder(ABC):
             rows = cache.rows(first_row, len(logits))
             inputs |= dict(zip(input_names, rows, strict=True))
             outputs |= dict(zip(output_names, rows, strict=True))
-        return self._engine.bind(inputs, outputs)
+        return self._engine.bind(_declared(inputs, self._engine.inputs), _declared(outputs, self._engine.outputs))
 
     def _check_graph(self) -> None:
         """Raise unless the graph has the inputs and outputs of such a decoder."""
         wanted = {*self._step_inputs(0, 1), DECODER_IO.logits}
         for _, input_names, output_names in self._caches():
             wanted.update(input_names, output_names)
-        check_tensors(self._engine, wanted, f"a decoder of {self._sizes.num_layers} layers")
+        optional = DECODER_IO.optional(self._sizes.num_layers)
+        check_tensors(self._engine, wanted, f"a decoder of {self._sizes.num_layers} layers", optional)
 
 
 class CachedDecoder(RowDecoder):
@@ -219,10 +221,18 @@ def pack_prompts(
     return input_ids, np.concatenate([prompt.soft_tokens for prompt in prompts], dtype=np.float32), lengths
 
 
-def check_tensors(engine: Engine, wanted: set[str], what: str) -> None:
-    """Raise :class:`EngineError` unless the graph's inputs and outputs have the names that are wanted."""
+def _declared(tensors: dict[str, Array], infos: tuple[TensorInfo, ...]) -> dict[str, Array]:
+    """Those that the graph has: an engine may do without some (:meth:`~blipstream.contract.DecoderIO.optional`)."""
+    return {info.name: tensors[info.name] for info in infos if info.name in tensors}
+
+
+def check_tensors(engine: Engine, wanted: set[str], what: str, optional: frozenset[str] = frozenset()) -> None:
+    """Raise :class:`EngineError` unless the graph's inputs and outputs have the names that are wanted.
+
+    Those of ``optional`` may be missing.
+    """
     found = {info.name for info in (*engine.inputs, *engine.outputs)}
-    if wanted != found:
-        lacks = ", ".join(sorted(wanted - found)) or "nothing"
+    if not wanted - optional <= found <= wanted:
+        lacks = ", ".join(sorted(wanted - optional - found)) or "nothing"
         extra = ", ".join(sorted(found - wanted)) or "nothing"
         raise EngineError(f"{engine.name} is not {what}: it lacks {lacks} and has {extra} besides")

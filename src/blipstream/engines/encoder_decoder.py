@@ -41,6 +41,7 @@ class EncoderDecoder(RowDecoder):
         self._encoder = encoder
         self._start_token_id = sizes.encoder.decoder_start_token_id
         self._cross_cache = decoder.allocate_cache(
+            DECODER_IO.cross_inputs(sizes.num_layers)[0],
             num_layers=sizes.num_layers,
             num_rows=sizes.max_sequences,
             num_heads=sizes.encoder.num_heads,

@@ -196,7 +196,7 @@ def test_graphs_that_do_not_fit_are_refused(folder, sizes, tmp_path):
     with pytest.raises(EngineError, match="was given for a language model of kind opt, without encoder"):
         EncoderDecoder(encoder, stepping, SIZES)
     alone = engine_of(TinyDecoder.random().save(tmp_path / "decoder.onnx"))
-    with pytest.raises(EngineError, match="is not a decoder of 2 layers: it lacks cross_seqlens_k, cross_total"):
+    with pytest.raises(EngineError, match="is not a decoder of 2 layers: it lacks cross_seqlens_k, past_cross_key"):
         EncoderDecoder(encoder, alone, sizes)
     with pytest.raises(EngineError, match="is not a decoder of 2 layers: it lacks last_index, soft_tokens"):
         CachedDecoder(stepping, sizes)

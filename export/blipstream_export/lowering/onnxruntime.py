@@ -1,13 +1,10 @@
-"""How the custom operators of :mod:`blipstream_export.ops` become nodes of an ONNX graph, for each engine.
+"""The lowering for ONNX Runtime: its contrib operators, in the domain ``com.microsoft``.
 
-A lowering is a ``custom_translation_table`` of ``torch.onnx.export``. ONNX Runtime's operators are contrib operators of
-the domain ``com.microsoft``; their schemas are declared here as far as they are used, since the onnx package knows them
-not (source: docs/ContribOperators.md of ONNX Runtime).
+Source of the schemas: docs/ContribOperators.md of ONNX Runtime.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import onnx
@@ -15,13 +12,11 @@ import onnxscript
 import torch
 
 from blipstream_export import ops  # noqa: F401  (registers the operators)
+from blipstream_export.lowering.operators import LoweringTable, Schema, declare
 
 _DOMAIN = "com.microsoft"
 _LOWEST = float(torch.finfo(torch.float32).min)
-_Schema = onnx.defs.OpSchema
 _op: Any = onnxscript.opset21
-
-LoweringTable = dict[Any, Callable[..., Any]]
 
 
 def onnxruntime_lowering() -> LoweringTable:
@@ -37,11 +32,6 @@ def onnxruntime_lowering() -> LoweringTable:
         torch.ops.blipstream.distance_bias.default: _distance_bias,
         torch.ops.blipstream.rms_norm.default: _simplified_layer_normalization,
     }
-
-
-def lowering(engine: str) -> LoweringTable:
-    """The translation table of an engine, by its name in the manifest."""
-    return {"onnxruntime": onnxruntime_lowering}[engine]()
 
 
 def _multi_head_attention(
@@ -123,7 +113,8 @@ def _group_query_cross_attention(
     )
 
 
-def _distance_bias(table: Any, position_ids: Any, total_sequence_length: Any) -> Any:
+def _distance_bias(table: Any, position_ids: Any, total_sequence_length: Any, cache: Any) -> Any:
+    del cache
     keys = _op.Range(0, _op.Cast(total_sequence_length, to=onnx.TensorProto.INT64), 1)  # (L,)
     distances = _op.Clip(_op.Sub(position_ids, keys), 0, table.shape[0] - 1)  # (B, L)
     return _op.Unsqueeze(_op.Transpose(_op.Gather(table, distances), perm=[0, 2, 1]), [2])
@@ -133,44 +124,20 @@ def _simplified_layer_normalization(x: Any, weight: Any, epsilon: float) -> Any:
     return _SIMPLIFIED_LAYER_NORMALIZATION(x, weight, axis=-1, epsilon=epsilon)
 
 
-def _operator(name: str, inputs: list[str], outputs: list[str], attributes: dict[str, Any], opset: Any = None) -> Any:
-    """A contrib operator; inputs read ``name``, ``name?`` (optional), ``name:M`` or ``name?:M`` (of type M, not T)."""
-    opset = opset or onnxscript.values.Opset(_DOMAIN, 1)
-    schema = _Schema(
-        name,
-        opset.domain,
-        opset.version,
-        inputs=[_parameter(spec) for spec in inputs],
-        outputs=[_parameter(spec) for spec in outputs],
-        type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations"),
-            ("M", ["tensor(int32)"], "lengths and masks"),
-            ("P", ["tensor(int64)"], "positions"),
-        ],
-        attributes=[_Schema.Attribute(key, kind) for key, kind in attributes.items()],
-    )
-    return onnxscript.values.Op(opset, name, schema)
-
-
-def _parameter(spec: str) -> Any:
-    name, _, kind = spec.partition(":")
-    options = _Schema.FormalParameterOption
-    option = options.Optional if name.endswith("?") else options.Single
-    return _Schema.FormalParameter(name.removesuffix("?"), kind or "T", param_option=option)
-
-
-_MULTI_HEAD_ATTENTION = _operator(
+_MULTI_HEAD_ATTENTION = declare(
+    _DOMAIN,
     "MultiHeadAttention",
     ["query", "key", "value", "bias?", "key_padding_mask?:M", "attention_bias?"],
     ["output"],
     {
-        "num_heads": _Schema.AttrType.INT,
-        "scale": _Schema.AttrType.FLOAT,
-        "mask_filter_value": _Schema.AttrType.FLOAT,
+        "num_heads": Schema.AttrType.INT,
+        "scale": Schema.AttrType.FLOAT,
+        "mask_filter_value": Schema.AttrType.FLOAT,
     },
 )
 
-_GROUP_QUERY_ATTENTION = _operator(
+_GROUP_QUERY_ATTENTION = declare(
+    _DOMAIN,
     "GroupQueryAttention",
     [
         "query",
@@ -187,17 +154,18 @@ _GROUP_QUERY_ATTENTION = _operator(
     ],
     ["output", "present_key", "present_value"],
     {
-        "num_heads": _Schema.AttrType.INT,
-        "kv_num_heads": _Schema.AttrType.INT,
-        "scale": _Schema.AttrType.FLOAT,
-        "do_rotary": _Schema.AttrType.INT,
+        "num_heads": Schema.AttrType.INT,
+        "kv_num_heads": Schema.AttrType.INT,
+        "scale": Schema.AttrType.FLOAT,
+        "do_rotary": Schema.AttrType.INT,
     },
 )
 
-_SIMPLIFIED_LAYER_NORMALIZATION = _operator(  # ONNX Runtime keeps it in the domain of ONNX itself
+_SIMPLIFIED_LAYER_NORMALIZATION = declare(
+    "",  # ONNX Runtime keeps it in the domain of ONNX itself
     "SimplifiedLayerNormalization",
     ["X", "scale"],
     ["Y"],
-    {"axis": _Schema.AttrType.INT, "epsilon": _Schema.AttrType.FLOAT},
-    _op,
+    {"axis": Schema.AttrType.INT, "epsilon": Schema.AttrType.FLOAT},
+    version=_op.version,
 )
