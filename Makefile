@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 WORK := .work
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-checkpoint test test-large check format bench clean
+.PHONY: help install demo demo-checkpoint test test-large check format bench gpu clean
 
 help:
 	@echo "make demo             caption the sample images with the demo checkpoint, on a real Triton server"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-large       the published models' true shapes, at reduced depth (minutes and gigabytes each)"
 	@echo "make check            ruff (lint and format) and mypy strict"
 	@echo "make bench            the benchmarks; adds rows to benchmarks/results/"
+	@echo "make gpu TORCH=torch  on a GPU: all tests and measurements that it can do, as one report in .work/gpu-report"
 	@echo "make demo-checkpoint  train the demo checkpoint again from nothing (2 cores, up to 4 hours, resumable)"
 	@echo "make format           let ruff put the code into its form"
 	@echo "make clean            remove the virtual environment and everything built"
@@ -52,6 +53,10 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run --work $(WORK)
+
+# TORCH must be a build with CUDA, from the environment's first install on: make gpu TORCH=torch. A second run resumes.
+gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu --report $(WORK)/gpu-report --work $(WORK)/gpu $(GPU_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(WORK) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 
 import pytest
-import torch  # noqa: F401  # it makes the logger below what it is
+import torch  # makes the logger below what it is
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Without a GPU the fused kernels run in the interpreter. It is chosen when they are imported, and the compiler's
+    # own library with them, by whichever test module comes first.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # pytest listens to loggers that do not propagate, and to a listener torch tells the stack of every traced operation.
 logging.getLogger("torch.__trace").propagate = True
@@ -21,8 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--large"):
-        return
     for item in items:
-        if item.get_closest_marker("large"):
+        if item.get_closest_marker("large") and not config.getoption("--large"):
             item.add_marker(pytest.mark.skip(reason="takes minutes and gigabytes: give pytest --large"))
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

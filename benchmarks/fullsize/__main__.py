@@ -4,6 +4,9 @@
     python -m benchmarks.fullsize run FOLDER BUNDLE --precision int8
                                                                   build it, and time one caption at a time from the
                                                                   bundle and from transformers in bf16 and fp32
+    python -m benchmarks.fullsize stages FOLDER BUNDLE           time the stages of a bundle, without a server
+    python -m benchmarks.fullsize questions FOLDER BUNDLE        further questions about an image, and what the server
+                                                                  adds to its engines
 
 ``run`` adds rows to benchmarks/results/fullsize.csv. It wants a quiet machine, and memory for the model in fp32.
 """
@@ -22,8 +25,13 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.fullsize.measure import Built, Captions, agreement, build, bundle_bytes, generate, serve
+from benchmarks.fullsize.questions import ask
+from benchmarks.fullsize.stages import STEP, bandwidth, bandwidth_share, step_bytes, time_stages
 from benchmarks.rows import Setting, append_rows
 from benchmarks.run import RESULTS
+from benchmarks.setting import make_setting
+from blipstream.manifest import Manifest
+from blipstream.triton.server import TritonServer
 
 PEERS = ("bf16", "fp32")
 
@@ -49,6 +57,40 @@ class FullSizeRow(Setting):
     """Seconds until the server was ready."""
 
 
+@dataclass(frozen=True)
+class StageRow(Setting):
+    """One stage of a bundle at one batch size."""
+
+    precision: str
+    """Of ViT, Q-Former and decoder."""
+    stage: str
+    rows: int
+    """Images, prompts or sequences at once."""
+    rounds: int
+    p50_ms: float
+    min_ms: float
+    max_ms: float
+    bandwidth_gbs: float
+    """GB/s that all threads together read."""
+    bandwidth_share: float
+    """Of a decode step: bytes of its weights over its time, over the bandwidth in the same round; 0 of other stages."""
+
+
+@dataclass(frozen=True)
+class QuestionRow(Setting):
+    """Questions of two tokens' answers, and captions of 20 tokens, one at a time."""
+
+    precision: str
+    images: int
+    first_p50_s: float
+    second_p50_s: float
+    second_ratio: float
+    """How many times as fast another question about the same image is answered."""
+    caption_p50_s: float
+    overhead: float
+    """What Triton, the decode loop, streaming and the client add to the engines' own time of a caption, as a share."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
@@ -57,9 +99,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         write_checkpoint(options.kind, options.folder, options.layers)
         return 0
-    rows = _run(options, shlex.join(["python", "-m", "benchmarks.fullsize", *arguments]))
-    append_rows(options.results / "fullsize.csv", rows)
+    command = shlex.join(["python", "-m", "benchmarks.fullsize", *arguments])
     console = Console()
+    if options.command == "stages":
+        stages = _stages(options, command)
+        append_rows(options.results / "stages.csv", stages)
+        for stage in stages:
+            share = f", {stage.bandwidth_share:.0%} of the memory's bandwidth" if stage.bandwidth_share else ""
+            console.print(f"{stage.stage}, {stage.rows} at once: {stage.p50_ms:.1f} ms{share}")
+        return 0
+    if options.command == "questions":
+        row = _questions(options, command)
+        append_rows(options.results / "questions.csv", [row])
+        console.print(
+            f"a further question is {row.second_ratio:.2f} times as fast as the first ({row.second_p50_s:.3f} s); "
+            f"the server adds {row.overhead:.1%} to its engines"
+        )
+        return 0
+    rows = _run(options, command)
+    append_rows(options.results / "fullsize.csv", rows)
     for row in rows:
         console.print(f"{row.system}: {row.caption_p50_s:.2f} s a caption, {row.caption_ratio:.2f} times Blipstream's")
     return 0
@@ -80,7 +138,61 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     run.add_argument("--built", action="store_true", help="take the bundle as it is; the build's figures are 0")
     run.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     run.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    stages = commands.add_parser("stages", help="time the stages of a bundle, without a server")
+    stages.add_argument("folder", type=Path, help="the checkpoint, for its name")
+    stages.add_argument("bundle", type=Path)
+    stages.add_argument("--rounds", type=int, default=7)
+    stages.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    questions = commands.add_parser("questions", help="further questions, and what the server adds to its engines")
+    questions.add_argument("folder", type=Path, help="the checkpoint, for its name")
+    questions.add_argument("bundle", type=Path)
+    questions.add_argument("--images", type=int, default=7)
+    questions.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     return parser.parse_args(arguments)
+
+
+def _questions(options: argparse.Namespace, command: str) -> QuestionRow:
+    threads, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    with TritonServer(options.bundle) as server:
+        setting = make_setting(server, options.folder, threads, command, load)
+        found = ask(server, options.images)
+    return QuestionRow(
+        **dataclasses.asdict(setting),
+        precision=_precision(options.bundle),
+        images=options.images,
+        first_p50_s=round(found.first, 4),
+        second_p50_s=round(found.second, 4),
+        second_ratio=round(found.first / found.second, 3),
+        caption_p50_s=round(found.caption, 4),
+        overhead=round(found.caption / found.caption_engines - 1, 4),
+    )
+
+
+def _precision(bundle: Path) -> str:
+    """Of ViT, Q-Former and decoder."""
+    return "/".join(Manifest.load(bundle).precision.values())
+
+
+def _stages(options: argparse.Namespace, command: str) -> list[StageRow]:
+    threads, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    setting = make_setting(None, options.folder, threads, command, load)
+    timings = time_stages(options.bundle, threads, options.rounds)
+    read = step_bytes(options.bundle)
+    return [
+        StageRow(
+            **dataclasses.asdict(setting),
+            precision=_precision(options.bundle),
+            stage=timing.stage,
+            rows=timing.rows,
+            rounds=options.rounds,
+            p50_ms=round(1000 * timing.median, 3),
+            min_ms=round(1000 * min(timing.seconds), 3),
+            max_ms=round(1000 * max(timing.seconds), 3),
+            bandwidth_gbs=round(bandwidth(timings) / 1e9, 2),
+            bandwidth_share=round(bandwidth_share(timing, read, timings), 3) if timing.stage == STEP else 0.0,
+        )
+        for timing in timings
+    ]
 
 
 def _run(options: argparse.Namespace, command: str) -> list[FullSizeRow]:

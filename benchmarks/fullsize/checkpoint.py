@@ -108,6 +108,11 @@ def write_checkpoint(name: str, folder: Path, layers: int | None = None, shrink:
     _write_weights(model, folder)
 
 
+def full_config(name: str) -> Blip2Config:
+    """The configuration of a kind of :data:`KINDS` at its full size."""
+    return _config(KINDS[name], None, 1, image_token_id=len(_SPECIAL))
+
+
 def _config(kind: Kind, layers: int | None, shrink: int, image_token_id: int) -> Blip2Config:
     vision = {
         "hidden_size": 1408 // shrink,

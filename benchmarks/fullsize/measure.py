@@ -39,14 +39,14 @@ class Built:
     printed: str
 
 
-def build(folder: Path, bundle: Path, precision: str) -> Built:
-    """Run ``blipstream build``.
+def build(folder: Path, bundle: Path, precision: str, *options: str) -> Built:
+    """Run ``blipstream build``, with further options of its command line.
 
     Raises:
         subprocess.CalledProcessError: it failed.
     """
     program = Path(sys.executable).with_name("blipstream")
-    command = [program, "build", folder, "-o", bundle, "--precision", precision, "--force"]
+    command = [program, "build", folder, "-o", bundle, "--precision", precision, "--force", *options]
     started = time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "120"})
     seconds = time.perf_counter() - started

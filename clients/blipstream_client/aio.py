@@ -48,6 +48,8 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
             if not self._complete:
                 raise core.incomplete(self._client.url)
             raise StopAsyncIteration
+        if response.error_message:
+            await self._await_end()
         chunk = core.decode_response(response, self._client.url)
         self._complete = self._complete or chunk.is_last
         return chunk
@@ -71,6 +73,12 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
             if self._client.closed:
                 raise core.closed(self._client.url) from None
             raise
+
+    async def _await_end(self) -> None:
+        """Read the call of a failed request to its end: see :mod:`~blipstream_client.transport` for why."""
+        with contextlib.suppress(grpc.RpcError):
+            while await self._call.read() is not grpc.aio.EOF:
+                pass
 
     async def aclose(self) -> None:
         """End the stream; a server that is still generating stops."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -44,9 +45,17 @@ class TextStream(Iterator[TextChunk]):
             if self._closed:
                 raise StopIteration from None
             raise core.client_error(error, self._url, self._timeout) from error
+        if response.error_message:
+            self._await_end()
         chunk = core.decode_response(response, self._url)
         self._complete = self._complete or chunk.is_last
         return chunk
+
+    def _await_end(self) -> None:
+        """Read the call of a failed request to its end: see :mod:`~blipstream_client.transport` for why."""
+        with contextlib.suppress(grpc.RpcError):
+            for _ in self._call:
+                pass
 
     def close(self) -> None:
         """End the stream; a server that is still generating stops. May be called by another thread."""

@@ -6,6 +6,8 @@ message is the same as a call with one request and many responses; the latter ne
 
 A failed request is told by a message in its last response, not by a gRPC status. Triton would give one for the header
 ``triton_grpc_error: true``, but release 24.10 aborts after some of these, so the code is read from the message.
+The call is read to its end even so: where one is cancelled just after its last response, that release may keep what it
+held of the model, which is then not unloaded, and the server stops only when its time for that is up.
 
 Retries are gRPC's own (gRFC A6): a call that fails as UNAVAILABLE before its first response (the server starts again,
 a connection broke) is sent again, after a random wait that doubles each time. Nothing else is: a text is never

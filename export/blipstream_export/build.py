@@ -3,58 +3,61 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image
 
 from blipstream.contract import (
     BLIP2,
-    BUNDLE_REVISION,
     GRAPH_FILE,
     MODEL_VERSION,
     QFORMER,
     QFORMER_TOKENIZER_FILE,
     TOKENIZER_FILE,
     VISION_ENCODER,
-    DecoderSection,
-    GenerationSection,
-    InstructionSection,
-    Manifest,
-    Precision,
-    QFormerSection,
-    VisionSection,
 )
+from blipstream.engines import check_onnxruntime_cuda, needing_tensorrt
 from blipstream.errors import BundleError
+from blipstream.manifest import DecoderSection, EngineName, Manifest, Precision
 from blipstream_export.accuracy import Question, measure_accuracy, read_images, read_test_set
 from blipstream_export.activations import Activations, observe
-from blipstream_export.bundle import check_output, copy_models, list_files, new_bundle
+from blipstream_export.bundle import PYTHON, check_output, copy_models, list_files, new_bundle
 from blipstream_export.checkpoint import Checkpoint, Source, load_model, open_checkpoint
 from blipstream_export.generation import generation_notes, generation_section
-from blipstream_export.graphs import GraphInputs, export_graph, qformer_inputs, vision_inputs
+from blipstream_export.graphs import GraphInputs, qformer_inputs, vision_inputs
 from blipstream_export.initializers import SharedWeights
+from blipstream_export.manifest import instruction_section, make_manifest, num_image_tokens
 from blipstream_export.models.qformer import InstructionQFormer, QFormer
 from blipstream_export.models.vision import VisionEncoder
 from blipstream_export.needs import Needs, check_disk, estimate_needs
 from blipstream_export.observer import BuildObserver
-from blipstream_export.parity import THRESHOLDS, ParityReport, Thresholds, measure
-from blipstream_export.precision import StagePrecisions, parse_precision
+from blipstream_export.parity import ParityReport, Thresholds, measure, thresholds_of
+from blipstream_export.plans.options import PlanOptions
+from blipstream_export.plans.profiles import ServedShapes
+from blipstream_export.plans.samples import GraphSamples
+from blipstream_export.precision import parse_precision
 from blipstream_export.quantized_graph import LayerPrecision
-from blipstream_export.reference import BRIEF, FULL, Reference, compute_reference, exercise
+from blipstream_export.reference import BRIEF, FULL, Reference, compute_calibration, compute_reference, exercise
 from blipstream_export.tokenizer import check_qformer_tokenizer, check_tokenizer, save_tokenizer, tokenizer_notes
 from blipstream_export.units import GIB
+from blipstream_export.writers import Item, OnnxRuntimeWriter, PlanWriter, TypedWriter, Watch, Writer
 
 DEFAULT_MAX_TOKENS = 256
 _BRIEF_FROM = 8 * GIB
 """Size of the weights in fp32 above which the checkpoint is run on few samples."""
-_ENGINE: Literal["onnxruntime"] = "onnxruntime"
-_VERSIONED = ("blipstream", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
+_CALIBRATED = {"int8", "int4", "fp8"}
+"""Precisions that are built better with samples."""
+_QUANTIZED = {"int8", "fp8"}
+"""Precisions for which TensorRT's graphs are quantized."""
+_COMPARABLE = {"fp32", "fp16"}
+_HALF = parse_precision("fp16")
+"""Of a graph from which a TensorRT engine is built, if not wider."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,12 @@ class BuildOptions:
         BundleError: a size below 1.
     """
 
+    engine: EngineName = "onnxruntime"
+    """What runs the graphs."""
     precision: str = "fp32"
     """As on the command line: of all stages, or of each (:func:`~blipstream_export.precision.parse_precision`)."""
+    max_batch: int = 8
+    """Images that the vision encoder, or the Q-Former, reads at once."""
     max_sequences: int = 16
     """Sequences that decode at once."""
     max_tokens: int | None = None
@@ -76,19 +83,31 @@ class BuildOptions:
     replace: bool = False
     """Replace an existing bundle."""
     calibration: Path | None = None
-    """A folder of images like those that will be served, from which int8 learns where it must be finer; by default a
-    few synthetic images."""
+    """A folder of images like those that will be served, from which int8 learns where it must be finer, and TensorRT's
+    int8 and fp8 what values to expect; by default a few synthetic images."""
     test_set: Path | None = None
     """Questions with their answers (:mod:`blipstream_export.accuracy`), for the report."""
-    thresholds: Mapping[Precision, Thresholds] = field(default_factory=lambda: THRESHOLDS)
+    thresholds: Mapping[Precision, Thresholds] | None = None
+    """What the report asks for; by default :func:`~blipstream_export.parity.thresholds_of` the engine."""
+    debug_parity: bool = False
+    """Compare each TensorRT engine with ONNX Runtime tensor by tensor; :data:`~blipstream.manifest.LAYERS_FILE`."""
+    plans: PlanOptions | None = None
+    """How TensorRT's engines are built; by default as :class:`PlanOptions` says."""
 
     def __post_init__(self) -> None:
-        precisions = parse_precision(self.precision)
-        if self.calibration is not None and not {"int8", "int4"} & set(precisions.as_dict().values()):
+        precisions = parse_precision(self.precision, self.engine)
+        if self.calibration is not None and not _CALIBRATED & set(precisions.as_dict().values()):
             raise BundleError(
-                f"calibration images are read for int8 and int4, and precision {self.precision!r} has neither"
+                f"calibration images are read for int8, fp8 and int4, and precision {self.precision!r} has none of them"
             )
-        for name in ("max_sequences", "max_tokens"):
+        if (self.plans is not None or self.debug_parity) and self.engine != "tensorrt":
+            raise BundleError(f"options of TensorRT were given, and the engine is {self.engine}")
+        if self.debug_parity and (others := set(precisions.as_dict().values()) - _COMPARABLE):
+            raise BundleError(
+                f"engines are compared tensor by tensor in {', '.join(sorted(_COMPARABLE))}, in which ONNX Runtime "
+                f"computes on the CPU, and precision {self.precision!r} has {', '.join(sorted(others))}"
+            )
+        for name in ("max_batch", "max_sequences", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BundleError(f"{name} must be at least 1, but it is {value}")
@@ -150,9 +169,10 @@ class _Build:
         self._source = source
         self._folder = folder
         self._options = options
-        self._precisions = parse_precision(options.precision)
+        self._precisions = parse_precision(options.precision, options.engine)
         self._activations: Activations | None = None
         self._calibration: list[Image.Image] = []
+        self._calibrated: Reference | None = None
         self._layers: list[LayerPrecision] = []
         self._observer = observer
         self.stages: list[StageResult] = []
@@ -169,25 +189,40 @@ class _Build:
             if checkpoint.instructed:
                 tokenizers[QFORMER_TOKENIZER_FILE] = check_qformer_tokenizer(checkpoint)
             sizes = _decoder_sizes(self._options, checkpoint)
+            self._check_engine()
             model = load_model(checkpoint, deferred=True)
             generation = generation_section(model, checkpoint)
             self.notes += [*checkpoint.notes, *tokenizer_notes(checkpoint), *generation_notes(model, checkpoint)]
             needs = self._needs(model)
         with self._stage("reference"):
             reference = self._reference(model, checkpoint, sizes, needs)
+        self._writer = self._make_writer(checkpoint, sizes, reference)
         self._export_images(model, checkpoint)
         self._export_decoder(model, checkpoint, sizes)
         with self._stage("bundle"):
             for file, tokenizer in tokenizers.items():
                 save_tokenizer(tokenizer, self._folder / BLIP2 / MODEL_VERSION / file)
-            manifest = _manifest(checkpoint, sizes, generation, self._precisions)
-            values = {**manifest.dims(), "max_sequences": sizes.max_sequences}
-            copy_models(self._folder, values, instructed=manifest.qformer.instruction is not None)
+            manifest = make_manifest(
+                checkpoint,
+                sizes,
+                generation,
+                engine=options.engine,
+                plans=self._writer.plans,
+                max_batch=options.max_batch,
+                precision=self._precisions.as_dict(),
+            )
+            copy_models(
+                self._folder,
+                manifest.config_values,
+                instructed=manifest.qformer.instruction is not None,
+                backend="tensorrt" if options.engine == "tensorrt" else PYTHON,
+            )
             manifest = manifest.model_copy(update={"files": list_files(self._folder)})
             manifest.dump(self._folder)
         with self._stage("parity"):
-            parity = measure(self._folder, manifest, reference, self._options.thresholds)
+            parity = measure(self._folder, manifest, reference, options.thresholds or thresholds_of(options.engine))
             parity = replace(parity, layers=tuple(self._layers))
+            self._writer.finish()
             parity.check()
             if questions:
                 accuracy = measure_accuracy(self._folder, questions, on_progress=self._observer.progress)
@@ -197,6 +232,8 @@ class _Build:
 
     def _needs(self, model: Any) -> Needs:
         needs = estimate_needs(model, self._precisions)
+        if self._options.engine == "tensorrt":  # each graph lies beside its engine until that is built
+            needs = replace(needs, disk=needs.disk + estimate_needs(model, _HALF).disk)
         check_disk(needs, self._folder)
         self._observer.needs(needs)
         return needs
@@ -207,45 +244,73 @@ class _Build:
         runnable = model if needs.streamed else load_model(checkpoint)
         with observe(runnable) as self._activations:
             reference = compute_reference(runnable, checkpoint, sizes, extent, on_progress=self._observer.progress)
-        if self._calibration:
+        if self._calibration and self._options.engine == "tensorrt":
+            told = self._observer.progress
+            self._calibrated = compute_calibration(runnable, checkpoint, self._calibration, sizes, on_progress=told)
+        elif self._calibration:
             with observe(runnable) as self._activations:
                 exercise(runnable, checkpoint, self._calibration, on_progress=self._observer.progress)
         del runnable
         gc.collect()  # its weights must be gone before the graphs are written and loaded
         return reference
 
+    def _check_engine(self) -> None:
+        """Notice before any work is done that a GPU is missing, or a package."""
+        if self._options.engine == "onnxruntime-cuda":
+            check_onnxruntime_cuda()
+        elif self._options.engine == "tensorrt":
+            with needing_tensorrt():
+                from blipstream_export.plans.builder import PlanBuilder
+            self._plan_builder = PlanBuilder(self._options.plans or PlanOptions())
+            if _QUANTIZED & set(self._precisions.as_dict().values()):
+                from blipstream_export.plans.quantization import check_modelopt
+
+                check_modelopt()
+
+    def _make_writer(self, checkpoint: Checkpoint, sizes: DecoderSection, reference: Reference) -> Writer:
+        """What writes graphs for the engine."""
+        options = self._options
+        if options.engine == "onnxruntime":
+            return OnnxRuntimeWriter()
+        if options.engine == "onnxruntime-cuda":
+            return TypedWriter(options.engine, sizes)
+        shapes = ServedShapes(
+            max_batch=options.max_batch,
+            num_query_tokens=checkpoint.config.num_query_tokens,
+            num_images=checkpoint.family.image_side.num_frames,
+            instruction=instruction_section(checkpoint),
+            sizes=sizes,
+        )
+        samples = GraphSamples(self._calibrated or reference, sizes, instruction_section(checkpoint), options.max_batch)
+        plugins = (options.plans or PlanOptions()).plugins
+        return PlanWriter(
+            self._folder, self._plan_builder, shapes, samples, plugins=plugins, debug=options.debug_parity
+        )
+
     def _export_images(self, model: Any, checkpoint: Checkpoint) -> None:
         vision_config = checkpoint.config.vision_config
         with self._stage(VISION_ENCODER) as written:
             inputs = vision_inputs(checkpoint.image.size)
-            written(self._export(VisionEncoder(model.vision_model), inputs, VISION_ENCODER, VISION_ENCODER, GRAPH_FILE))
+            written(self._write(VisionEncoder(model.vision_model), inputs, VISION_ENCODER))
         with self._stage(QFORMER) as written:
-            num_tokens, instructed = _num_image_tokens(checkpoint), checkpoint.instructed
+            num_tokens, instructed = num_image_tokens(checkpoint), checkpoint.instructed
             inputs = qformer_inputs(num_tokens, vision_config.hidden_size, instructed=instructed)
-            wrapper = InstructionQFormer(model) if instructed else QFormer(model)
-            written(self._export(wrapper, inputs, QFORMER, QFORMER, GRAPH_FILE))
+            written(self._write(InstructionQFormer(model) if instructed else QFormer(model), inputs, QFORMER))
 
     def _export_decoder(self, model: Any, checkpoint: Checkpoint, sizes: DecoderSection) -> None:
         with self._stage("decoder") as written:
             shared = SharedWeights() if sizes.encoder is not None else None
             for graph in checkpoint.language.graphs(model.language_model, sizes):
-                sharing = {"head_tables": graph.head_tables, "shared": shared}
-                written(self._export(graph.module, graph.inputs, "decoder", BLIP2, graph.file, **sharing))
+                path = self._folder / BLIP2 / MODEL_VERSION / graph.file
+                tables = graph.head_tables
+                written(self._write(graph.module, graph.inputs, "decoder", path, head_tables=tables, shared=shared))
 
-    def _export(self, module: Any, inputs: GraphInputs, stage: str, model: str, file: str, **sharing: Any) -> int:
-        path = self._folder / model / MODEL_VERSION / file
-        precision = self._precisions.of(stage)
-        return export_graph(
-            module,
-            inputs,
-            path,
-            engine=_ENGINE,
-            precision=precision,
-            activations=self._activations,
-            on_progress=self._observer.progress,
-            on_layer=self._layers.append,
-            **sharing,
-        )
+    def _write(self, module: Any, inputs: GraphInputs, stage: str, path: Path | None = None, **sharing: Any) -> int:
+        """Write a graph of a stage, by default the one of the Triton model of that name; return its bytes."""
+        path = path or self._folder / stage / MODEL_VERSION / GRAPH_FILE
+        precision, activations = self._precisions.of(stage), self._activations
+        item = Item(module, inputs, path, stage, precision, activations=activations, **sharing)
+        return self._writer.write(item, Watch(self._observer.progress, self._layers.append))
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[Callable[[int], None]]:
@@ -275,50 +340,6 @@ def _decoder_sizes(options: BuildOptions, checkpoint: Checkpoint) -> DecoderSect
             f"at least {shortest}"
         )
     return checkpoint.decoder_section(max_sequences=options.max_sequences, max_tokens=wanted)
-
-
-def _num_image_tokens(checkpoint: Checkpoint) -> int:
-    patch = checkpoint.config.vision_config.patch_size
-    side = checkpoint.image.size // (patch if isinstance(patch, int) else patch[0])
-    return int(side * side + 1)
-
-
-def _manifest(
-    checkpoint: Checkpoint, decoder: DecoderSection, generation: GenerationSection, precisions: StagePrecisions
-) -> Manifest:
-    vision, qformer = checkpoint.config.vision_config, checkpoint.config.qformer_config
-    return Manifest(
-        revision=BUNDLE_REVISION,
-        kind=checkpoint.family.kind,
-        source=checkpoint.name,
-        engine=_ENGINE,
-        precision=precisions.as_dict(),
-        image=checkpoint.image,
-        vision=VisionSection(
-            num_image_tokens=_num_image_tokens(checkpoint),
-            hidden_size=vision.hidden_size,
-            num_layers=vision.num_hidden_layers,
-            num_frames=checkpoint.family.image_side.num_frames,
-        ),
-        qformer=QFormerSection(
-            num_query_tokens=checkpoint.config.num_query_tokens,
-            hidden_size=qformer.hidden_size,
-            num_layers=qformer.num_hidden_layers,
-            instruction=_instruction_section(qformer) if checkpoint.instructed else None,
-        ),
-        decoder=decoder,
-        generation=generation,
-        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
-        files={},
-    )
-
-
-def _instruction_section(qformer: Any) -> InstructionSection:
-    return InstructionSection(
-        vocab_size=qformer.vocab_size,
-        max_tokens=qformer.max_position_embeddings,
-        pad_token_id=qformer.pad_token_id or 0,
-    )
 
 
 @contextmanager

@@ -14,10 +14,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from blipstream.contract import MANIFEST_FILE, MODEL_NAMES, MODEL_VERSION, PARITY_FILE, FileEntry
+from blipstream.contract import EMBEDDED_CONFIG, MODEL_NAMES, MODEL_VERSION
 from blipstream.errors import BundleError
+from blipstream.manifest import LAYERS_FILE, MANIFEST_FILE, PARITY_FILE, FileEntry
 
-_CONFIG, _INSTRUCTED_CONFIG = "config.pbtxt", "config.instructed.pbtxt"
+PYTHON = "python"
+"""The backend of Triton that every model has a configuration for."""
+
+_CONFIG = "config.pbtxt"
 _HASH_CHUNK = 1 << 20
 
 
@@ -87,7 +91,9 @@ def model_repository() -> Path:
     raise BundleError(f"the Triton models are missing: expected {package / 'model_repository'}, as the wheel has it")
 
 
-def copy_models(bundle: Path, values: Mapping[str, int], *, instructed: bool = False) -> None:
+def copy_models(
+    bundle: Path, values: Mapping[str, int | str], *, instructed: bool = False, backend: str = PYTHON
+) -> None:
     """Copy every Triton model into the bundle, with ``$name`` in each ``config.pbtxt`` replaced by ``values[name]``.
 
     Args:
@@ -95,6 +101,8 @@ def copy_models(bundle: Path, values: Mapping[str, int], *, instructed: bool = F
         values: sizes by name.
         instructed: whether the Q-Former reads instructions; models with another configuration then have it beside
             the plain one, as ``config.instructed.pbtxt``.
+        backend: of Triton, for the models that another than Python's can run; these have a configuration for it, as
+            ``config.tensorrt.pbtxt``, and keep Python's as the one called :data:`~blipstream.contract.EMBEDDED_CONFIG`.
 
     Raises:
         BundleError: a model of the contract is missing, or a configuration uses a name that has no value.
@@ -112,13 +120,25 @@ def copy_models(bundle: Path, values: Mapping[str, int], *, instructed: bool = F
             ignore=shutil.ignore_patterns("__pycache__", ".*", "*.pyc", "*.pbtxt"),
         )
         (target / MODEL_VERSION).mkdir(exist_ok=True)  # an ensemble's is empty, and git keeps no such folder
-        template = model / _INSTRUCTED_CONFIG
-        if not (instructed and template.is_file()):
-            template = model / _CONFIG
-        (target / _CONFIG).write_text(_fill(template, values), encoding="utf-8")
+        plain, variants = _templates(model, instructed, backend)
+        for template, path in (
+            (plain, target / _CONFIG),
+            *((other, target / path) for path, other in variants.items()),
+        ):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(_fill(template, values), encoding="utf-8")
 
 
-def _fill(config: Path, values: Mapping[str, int]) -> str:
+def _templates(model: Path, instructed: bool, backend: str) -> tuple[Path, dict[str, Path]]:
+    """Template of a model's ``config.pbtxt``, and those of the configurations beside it, by their paths."""
+    kind = "instructed." if instructed and (model / "config.instructed.pbtxt").is_file() else ""
+    plain, other = model / f"config.{kind}pbtxt", model / f"config.{kind}{backend}.pbtxt"
+    if not other.is_file():
+        return plain, {}
+    return other, {f"configs/{EMBEDDED_CONFIG}.pbtxt": plain}
+
+
+def _fill(config: Path, values: Mapping[str, int | str]) -> str:
     try:
         return string.Template(config.read_text(encoding="utf-8")).substitute(values)
     except (KeyError, ValueError) as error:
@@ -128,10 +148,12 @@ def _fill(config: Path, values: Mapping[str, int]) -> str:
 
 
 def list_files(bundle: Path) -> dict[str, FileEntry]:
-    """Every file of a bundle but the manifest and the parity report, by its path relative to the bundle."""
+    """Every file of a bundle but the manifest and the reports, by its path relative to the bundle."""
     paths = sorted(path for path in bundle.rglob("*") if path.is_file())
     entries = {path.relative_to(bundle).as_posix(): path for path in paths}
-    return {name: _entry(path) for name, path in entries.items() if name not in (MANIFEST_FILE, PARITY_FILE)}
+    return {
+        name: _entry(path) for name, path in entries.items() if name not in (MANIFEST_FILE, PARITY_FILE, LAYERS_FILE)
+    }
 
 
 def _entry(path: Path) -> FileEntry:

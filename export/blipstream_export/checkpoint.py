@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from blipstream.contract import DecoderSection, ImageSection
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
+from blipstream.manifest import DecoderSection, ImageSection
 from blipstream_export.families import Family, LanguageModule, find_family
 from blipstream_export.faults import faults_of, first_line
 from blipstream_export.generation import empty_prompt_ids, is_token

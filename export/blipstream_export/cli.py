@@ -4,105 +4,50 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from blipstream.errors import BlipstreamError
-from blipstream_export.observer import STAGES, BuildObserver
-from blipstream_export.units import format_bytes
+from blipstream.manifest import EngineName
+from blipstream_export import options
+from blipstream_export.observer import BuildObserver
+from blipstream_export.plans.options import PlanOptions
+from blipstream_export.terminal import Terminal, show
 
 if TYPE_CHECKING:
     from blipstream_export.build import BuildResult
     from blipstream_export.checkpoint import Source
-    from blipstream_export.needs import Needs
 
 _EXTRA = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "PIL")
-_LAVIS = "A checkpoint in LAVIS's layout"
 
 
 def build(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="BUNDLE", help="The folder that becomes the bundle.")
-    ],
-    checkpoint: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="CHECKPOINT", help="A folder, or a hub id, in the Hugging Face layout.", show_default=False
-        ),
-    ] = None,
-    precision: Annotated[
-        str,
-        typer.Option(
-            metavar="PRECISION",
-            help="fp32, fp16, bf16 or int8 for all stages, or one for each: vision_encoder=int8,decoder=int4; a stage "
-            "that is not named is fp32.",
-        ),
-    ] = "fp32",
-    max_sequences: Annotated[int, typer.Option(min=1, help="Sequences that decode at once.")] = 16,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            show_default="256, or what the model reads if less",
-            help="Tokens of one sequence: soft tokens, prompt and answer; behind an encoder (T5), of each of the two.",
-        ),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Images like those that will be served, for int8; by default a few synthetic ones.",
-            show_default=False,
-        ),
-    ] = None,
-    test_set: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.jsonl",
-            help="Questions with their answers: the report says how many the bundle gets right.",
-            show_default=False,
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
-    lavis: Annotated[
-        Path | None,
-        typer.Option(metavar="QFORMER.pth", help="The trained part, in place of CHECKPOINT.", rich_help_panel=_LAVIS),
-    ] = None,
-    vision: Annotated[
-        Path | None,
-        typer.Option(metavar="VIT.pth", help="Its ViT: eva_vit_g, or CLIP ViT-L/14.", rich_help_panel=_LAVIS),
-    ] = None,
-    llm: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Its language model, in the Hugging Face layout.", rich_help_panel=_LAVIS),
-    ] = None,
-    qformer_tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="BERT's tokenizer, where it is an InstructBLIP.", rich_help_panel=_LAVIS),
-    ] = None,
-    vision_layers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Blocks of the ViT to keep.", show_default="as LAVIS keeps them", rich_help_panel=_LAVIS
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Pixels of an image's side.",
-            show_default="as the ViT's position embeddings",
-            rich_help_panel=_LAVIS,
-        ),
-    ] = None,
+    output: options.Output,
+    checkpoint: options.CheckpointName = None,
+    engine: options.Engine = "onnxruntime",
+    precision: options.Precision = "fp32",
+    max_batch: options.MaxBatch = 8,
+    max_sequences: options.MaxSequences = 16,
+    max_tokens: options.MaxTokens = None,
+    calibration: options.Calibration = None,
+    test_set: options.TestSet = None,
+    force: options.Force = False,
+    no_plugins: options.NoPlugins = False,
+    debug_parity: options.DebugParity = False,
+    version_compatible: options.VersionCompatible = False,
+    hardware: options.Hardware = "none",
+    timing_cache: options.TimingCache = None,
+    lavis: options.LavisTrained = None,
+    vision: options.LavisVision = None,
+    llm: options.LavisLanguage = None,
+    qformer_tokenizer: options.LavisTokenizer = None,
+    vision_layers: options.LavisVisionLayers = None,
+    image_size: options.LavisImageSize = None,
 ) -> None:
     """Export a checkpoint into a bundle that Triton serves, and prove that it computes the same."""
     console, errors = Console(), Console(stderr=True)
@@ -114,21 +59,37 @@ def build(
             "vision_layers": vision_layers,
             "image_size": image_size,
         }
-        with _terminated_cleanly(), _Terminal(console) as observer:
+        with _terminated_cleanly(), Terminal(console) as observer:
             source = _source(checkpoint, lavis, parts)
-            options = {
+            tensorrt = {
+                "plugins": not no_plugins,
+                "version_compatible": version_compatible,
+                "hardware": hardware,
+                "timing_cache": timing_cache,
+            }
+            chosen = {
+                "engine": engine,
+                "plans": _plan_options(engine, tensorrt),
+                "debug_parity": debug_parity,
                 "precision": precision,
+                "max_batch": max_batch,
                 "max_sequences": max_sequences,
                 "max_tokens": max_tokens,
                 "calibration": calibration,
                 "test_set": test_set,
                 "replace": force,
             }
-            result = _run(source, output, options, observer)
+            result = _run(source, output, chosen, observer)
     except (BlipstreamError, OSError) as error:  # of the latter: no space left, or no permission to write
         errors.print(f"blipstream build: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     show(result, console)
+
+
+def _plan_options(engine: EngineName, given: Mapping[str, Any]) -> PlanOptions | None:
+    """How TensorRT's engines are to be built; what was said of it for another engine is refused by the build."""
+    asked = PlanOptions(**given)
+    return asked if engine == "tensorrt" or asked != PlanOptions() else None
 
 
 def _source(checkpoint: str | None, trained: Path | None, parts: Mapping[str, Any]) -> str | Source:
@@ -167,46 +128,6 @@ def _run(checkpoint: str | Source, output: Path, options: Mapping[str, Any], obs
     return builder.build(checkpoint, output, builder.BuildOptions(**options), observer=observer)
 
 
-class _Terminal(BuildObserver):
-    """Shows a build as a bar over its stages; a context manager."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description:<21}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        self._bar = Progress(*columns, console=console, transient=True)
-        self._task = self._bar.add_task("starting", total=len(STAGES))
-        self._stage = ""
-
-    def __enter__(self) -> _Terminal:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._bar.stop()
-
-    def needs(self, needs: Needs) -> None:
-        text = f"This build needs about {format_bytes(needs.disk)} of disk and {format_bytes(needs.memory)} of memory"
-        if needs.streamed:
-            text += "; the checkpoint is too large to be held in memory and is run weight by weight"
-        self._console.print(f"{text}.", highlight=False, soft_wrap=True)
-
-    def stage(self, name: str) -> None:
-        self._stage = name
-        self._bar.update(self._task, description=name, completed=STAGES.index(name))
-
-    def progress(self, done: int, total: int) -> None:
-        part = done / total if total else 0
-        self._bar.update(
-            self._task, description=f"{self._stage} ({part:.0%})", completed=STAGES.index(self._stage) + part
-        )
-
-
 @contextmanager
 def _terminated_cleanly() -> Iterator[None]:
     """Let SIGTERM unwind the stack as Ctrl-C does, so that the unfinished bundle is removed."""
@@ -220,41 +141,3 @@ def _terminated_cleanly() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def show(result: BuildResult, console: Console) -> None:
-    """Print what was built, how long it took, and how close it comes to the checkpoint."""
-    stages = Table("stage", "size", "seconds", title="Build")
-    for column in stages.columns[1:]:
-        column.justify = "right"
-    for stage in result.stages:
-        stages.add_row(stage.name, "" if stage.bytes is None else format_bytes(stage.bytes), f"{stage.seconds:.1f}")
-    total = sum(entry.bytes for entry in result.manifest.files.values())
-    stages.add_section()
-    stages.add_row("total", format_bytes(total), f"{sum(stage.seconds for stage in result.stages):.1f}")
-    console.print(stages)
-
-    parity = Table("stage", "", "cosine", "rel. error", "largest difference", "largest value")
-    parity.title = "Parity with the checkpoint in fp32"
-    for column in parity.columns[2:]:
-        column.justify = "right"
-    for row in result.parity.stages:
-        figures = (f"{row.cosine:.7f}", f"{row.relative_error:.2g}", f"{row.max_difference:.2g}")
-        parity.add_row(row.stage, row.precision, *figures, f"{row.max_reference:.3g}")
-    console.print(parity)
-    equal = sum(text.equal for text in result.parity.texts)
-    console.print(
-        f"Greedy tokens: {equal} of {len(result.parity.texts)} sample texts equal the checkpoint's; token by token, "
-        f"{result.parity.agreement:.1%} agree."
-    )
-    forms = Counter(layer.form for layer in result.parity.layers)
-    if forms:
-        console.print(f"Matrices: {'; '.join(f'{count} in {form}' for form, count in forms.items())}.")
-    if result.parity.accuracy:
-        accuracy = Table("questions", "asked", "right", title="Accuracy on the test set")
-        for kind in result.parity.accuracy:
-            accuracy.add_row(kind.kind, str(kind.asked), f"{kind.right / kind.asked:.1%}")
-        console.print(accuracy)
-    for note in result.notes:
-        console.print(f"Note: {note}.", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Bundle: {result.bundle}", markup=False, highlight=False, soft_wrap=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from blipstream.errors import UnsupportedCheckpointError
 
 if TYPE_CHECKING:
-    from blipstream.contract import DecoderSection
+    from blipstream.manifest import DecoderSection
     from blipstream_export.graphs import Graph
 
 

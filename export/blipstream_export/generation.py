@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from blipstream.contract import GenerationSection
 from blipstream.errors import CheckpointError
+from blipstream.manifest import GenerationSection
 
 if TYPE_CHECKING:
     from blipstream_export.checkpoint import Checkpoint

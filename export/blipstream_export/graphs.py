@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from blipstream.contract import (
-    DECODER_IO,
-    ENCODER_IO,
-    IMAGE_EMBEDS,
-    INSTRUCTION,
-    PIXEL_VALUES,
-    SOFT_TOKENS,
-    DecoderSection,
-    Precision,
-)
+from blipstream.contract import DECODER_IO, ENCODER_IO, IMAGE_EMBEDS, INSTRUCTION, PIXEL_VALUES, SOFT_TOKENS
+from blipstream.manifest import DecoderSection, Precision
 from blipstream_export.activations import Activations
 from blipstream_export.deferred import Deferred, labels, materialize, stored_types
 from blipstream_export.initializers import SharedWeights, WeightTensor, write_model

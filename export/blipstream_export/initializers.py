@@ -16,7 +16,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
-from blipstream.contract import Precision
+from blipstream.manifest import Precision
 
 EXTERNAL_DATA_BYTES = 512 * 1024 * 1024
 """Graphs whose weights are larger keep them in a file of their own; a protobuf ends at 2 GiB."""

@@ -21,18 +21,15 @@ from blipstream.contract import (
     SOFT_TOKENS,
     TOKENIZER_FILE,
     VISION_ENCODER,
-    Manifest,
 )
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, SamplingParams
 from blipstream.decoding.text import Tokenizer
-from blipstream.engines import create_engine, load_decoder
+from blipstream.engines import load_decoder, open_engine
 from blipstream.errors import BundleError
 from blipstream.instructions import InstructionEncoder, instruction_inputs, pad_instructions
+from blipstream.manifest import Manifest
 from blipstream.preprocess import ImageTransform
-
-_ROWS = 16
-"""Images, or instructions, that are read at once."""
 
 
 class InProcess:
@@ -58,13 +55,11 @@ class InProcess:
         self._instructions = InstructionEncoder.load(folder, manifest)
         with ExitStack() as stack:
             self._vision, self._qformer = (
-                stack.enter_context(
-                    create_engine(manifest.engine, bundle / name / MODEL_VERSION / GRAPH_FILE, threads=threads)
-                )
+                stack.enter_context(open_engine(manifest, bundle / name / MODEL_VERSION, GRAPH_FILE, threads=threads))
                 for name in (VISION_ENCODER, QFORMER)
             )
             self._decoder = load_decoder(
-                manifest.decoder, lambda file: create_engine(manifest.engine, folder / file, threads=threads)
+                manifest.decoder, lambda file: open_engine(manifest, folder, file, threads=threads)
             )
             stack.callback(self._decoder.close)
             self._stack = stack.pop_all()
@@ -108,11 +103,11 @@ class InProcess:
         """(Q, D) of each image and prompt; an image is encoded once, and read once where prompts are not read."""
         distinct = list({id(image): image for image in images}.values())
         row = {id(image): index for index, image in enumerate(distinct)}
-        pixels = (np.stack([self._transform(image) for image in part]) for part in _parts(distinct))
+        pixels = (np.stack([self._transform(image) for image in part]) for part in self._parts(distinct))
         embeds = np.concatenate([self._vision.run({PIXEL_VALUES.name: x})[IMAGE_EMBEDS.name].copy() for x in pixels])
         rows = [row[id(image)] for image in images]
         if self._instructions is None:
-            read = self._read([{IMAGE_EMBEDS.name: embeds[part]} for part in _parts(range(len(distinct)))])
+            read = self._read([{IMAGE_EMBEDS.name: embeds[part]} for part in self._parts(range(len(distinct)))])
             return [read[index] for index in rows]
         section, encode = self._manifest.qformer.instruction, self._instructions.encode
         assert section is not None
@@ -123,16 +118,17 @@ class InProcess:
                     IMAGE_EMBEDS.name: embeds[[rows[i] for i in part]],
                     **pad_instructions([asked[i] for i in part], section),
                 }
-                for part in _parts(range(len(rows)))
+                for part in self._parts(range(len(rows)))
             ]
         )
 
+    def _parts(self, items: Sequence[Any]) -> list[list[Any]]:
+        """As many images, or instructions, as are read at once."""
+        size = self._manifest.max_batch
+        return [list(items[first : first + size]) for first in range(0, len(items), size)]
+
     def _read(self, batches: Sequence[dict[str, Any]]) -> list[npt.NDArray[np.float32]]:
         return [soft for inputs in batches for soft in self._qformer.run(inputs)[SOFT_TOKENS.name].copy()]
-
-
-def _parts(items: Sequence[Any]) -> list[list[Any]]:
-    return [list(items[first : first + _ROWS]) for first in range(0, len(items), _ROWS)]
 
 
 def _text(answer: Sequence[Chunk]) -> str:

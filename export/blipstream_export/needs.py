@@ -12,13 +12,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from blipstream.contract import QFORMER, VISION_ENCODER, Precision
+from blipstream.contract import QFORMER, VISION_ENCODER
 from blipstream.errors import BundleError
+from blipstream.manifest import Precision
 from blipstream_export.deferred import stored_types
 from blipstream_export.precision import StagePrecisions
 from blipstream_export.units import GIB, format_bytes
 
-_STAGES = {"vision_model.": VISION_ENCODER, "language_model.": "decoder"}
+STAGE_PREFIXES = {"vision_model.": VISION_ENCODER, "language_model.": "decoder"}
 """Where the parameters of a stage begin in the models of transformers; the rest are the Q-Former's."""
 
 _FP32_BYTES = 4
@@ -65,10 +66,13 @@ def estimate_needs(model: nn.Module, precisions: StagePrecisions, memory: int | 
     memory = total_memory() if memory is None else memory
     multiplied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    stored, weights = dict.fromkeys((*_STAGES.values(), QFORMER), 0.0), dict.fromkeys((*_STAGES.values(), QFORMER), 0)
+    stored, weights = (
+        dict.fromkeys((*STAGE_PREFIXES.values(), QFORMER), 0.0),
+        dict.fromkeys((*STAGE_PREFIXES.values(), QFORMER), 0),
+    )
     largest = 0
     for name, parameter in model.named_parameters():
-        stage = next((stage for prefix, stage in _STAGES.items() if name.startswith(prefix)), QFORMER)
+        stage = next((stage for prefix, stage in STAGE_PREFIXES.items() if name.startswith(prefix)), QFORMER)
         head = id(parameter) in embeddings or name.endswith("lm_head.weight")
         size = _stored_bytes(parameter, precisions.of(stage), id(parameter) in multiplied, head)
         stored[stage] += size * parameter.numel()

@@ -15,21 +15,20 @@ from blipstream.contract import (
     GRAPH_FILE,
     IMAGE_EMBEDS,
     MODEL_VERSION,
-    PARITY_FILE,
     PIXEL_VALUES,
     QFORMER,
     SOFT_TOKENS,
     TOKENIZER_FILE,
     VISION_ENCODER,
-    Manifest,
-    Precision,
 )
+from blipstream.decoding.logits import Logits, reduced
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.request import Chunk, Decoder, GenerationRequest, SamplingParams, prefilled_tokens
 from blipstream.decoding.text import Tokenizer
-from blipstream.engines import create_engine, load_decoder
+from blipstream.engines import Engine, load_decoder, open_engine
 from blipstream.errors import ParityError
 from blipstream.instructions import instruction_inputs, pad_instructions
+from blipstream.manifest import PARITY_FILE, EngineName, Manifest, Precision
 from blipstream.preprocess import ImageTransform
 from blipstream_export.accuracy import Accuracy
 from blipstream_export.precision import PRECISIONS, StagePrecisions
@@ -56,9 +55,17 @@ THRESHOLDS: Mapping[Precision, Thresholds] = {
     "fp16": Thresholds(min_cosine=0.9999, max_relative_error=1e-2, min_agreement=0.95),
     "bf16": Thresholds(min_cosine=0.999, max_relative_error=5e-2, min_agreement=0.9),
     "int8": Thresholds(min_cosine=0.8, max_relative_error=0.1, min_agreement=0.85),
+    "fp8": Thresholds(min_cosine=0.75, max_relative_error=0.2, min_agreement=0.75),  # three digits: 2.6 % of each input
     "int4": Thresholds(min_cosine=0.7, max_relative_error=0.3, min_agreement=0.6),
 }
 """Of each precision. Agreement is asked of the whole bundle, by the loosest of its stages' precisions."""
+
+COMPUTED_THRESHOLDS: Mapping[Precision, Thresholds] = {
+    **THRESHOLDS,
+    "fp16": Thresholds(min_cosine=0.999, max_relative_error=5e-2, min_agreement=0.9),
+    "bf16": Thresholds(min_cosine=0.99, max_relative_error=0.15, min_agreement=0.85),
+}
+"""Of an engine that computes in half precision, where the CPU's stores in it: each layer rounds its results as well."""
 
 TIE = 1e-4
 """Two tokens whose logits differ by less than this in the checkpoint itself, relative to its largest logit, may change
@@ -109,7 +116,7 @@ class ParityReport:
     accuracy: tuple[Accuracy, ...] = ()
     """On the user's test set, if there was one."""
     layers: tuple[LayerPrecision, ...] = ()
-    """Of int8 and int4: how each matrix was quantized."""
+    """Of int8, fp8 and int4: how each matrix was quantized."""
 
     @property
     def faults(self) -> list[str]:
@@ -150,6 +157,11 @@ class ParityReport:
         (bundle / PARITY_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def thresholds_of(engine: EngineName) -> Mapping[Precision, Thresholds]:
+    """What the stages of a bundle for ``engine`` must reach."""
+    return THRESHOLDS if engine == "onnxruntime" else COMPUTED_THRESHOLDS
+
+
 def measure(
     bundle: Path,
     manifest: Manifest,
@@ -160,20 +172,22 @@ def measure(
 ) -> ParityReport:
     """Run every graph of the bundle on the reference's samples."""
     pixel_values = np.stack([ImageTransform(manifest.image)(image) for image in reference.images])
-    engine, precisions = manifest.engine, StagePrecisions(**manifest.precision)
+    precisions = StagePrecisions(**manifest.precision)
     with (
-        create_engine(engine, bundle / VISION_ENCODER / MODEL_VERSION / GRAPH_FILE, threads=threads) as vision,
-        create_engine(engine, bundle / QFORMER / MODEL_VERSION / GRAPH_FILE, threads=threads) as qformer,
+        open_engine(manifest, bundle / VISION_ENCODER / MODEL_VERSION, GRAPH_FILE, threads=threads) as vision,
+        open_engine(manifest, bundle / QFORMER / MODEL_VERSION, GRAPH_FILE, threads=threads) as qformer,
     ):
-        image_embeds = vision.run({PIXEL_VALUES.name: reference.pixel_values})[IMAGE_EMBEDS.name]
-        served_embeds = vision.run({PIXEL_VALUES.name: pixel_values})[IMAGE_EMBEDS.name]
+        image_embeds, served_embeds = (
+            _run(vision, {PIXEL_VALUES.name: pixels}, manifest.max_batch)[IMAGE_EMBEDS.name]
+            for pixels in (reference.pixel_values, pixel_values)
+        )
         soft_tokens, served = (
-            qformer.run(_qformer_inputs(embeds, reference, manifest))[SOFT_TOKENS.name]
+            _run(qformer, _qformer_inputs(embeds, reference, manifest), manifest.max_batch)[SOFT_TOKENS.name]
             for embeds in (reference.image_embeds, served_embeds)
         )
     expected = np.stack([reading.soft_tokens for reading in reference.readings])
     folder = bundle / BLIP2 / MODEL_VERSION
-    decoder = load_decoder(manifest.decoder, lambda file: create_engine(engine, folder / file, threads=threads))
+    decoder = load_decoder(manifest.decoder, lambda file: open_engine(manifest, folder, file, threads=threads))
     try:
         stages = (
             compare(PREPROCESS_STAGE, "fp32", pixel_values, reference.pixel_values),
@@ -191,6 +205,16 @@ def measure(
     )
     used = {precision: thresholds[precision] for precision in PRECISIONS if precision in manifest.precision.values()}
     return ParityReport({"fp32": thresholds["fp32"], **used}, reference.streamed, stages, agreement, texts)
+
+
+def _run(engine: Engine, inputs: Mapping[str, Any], max_batch: int) -> dict[str, Any]:
+    """Run a graph on more rows than it takes at once."""
+    count = len(next(iter(inputs.values())))
+    parts = [
+        engine.run({name: array[first : first + max_batch] for name, array in inputs.items()})
+        for first in range(0, count, max_batch)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _qformer_inputs(image_embeds: Floats, reference: Reference, manifest: Manifest) -> dict[str, Any]:
@@ -232,7 +256,7 @@ def _compare_decoder(
     pairs: dict[str, list[tuple[Floats, Floats]]] = {PREFILL_STAGE: [], STEP_STAGE: []}
     for step, texts, logits in _forced(decoder, samples, soft_tokens):
         expected = np.stack([text.logits[step] for text in texts])
-        pairs[PREFILL_STAGE if step == 0 else STEP_STAGE].append((logits.copy(), expected))
+        pairs[PREFILL_STAGE if step == 0 else STEP_STAGE].append((np.array(logits), expected))
     return [
         compare(stage, precision, np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found]))
         for stage, found in pairs.items()
@@ -243,16 +267,16 @@ def _compare_decoder(
 def _agreement(decoder: Decoder, texts: Sequence[SampleText], soft_tokens: Floats) -> float:
     """Share of the checkpoint's tokens that are chosen, given soft tokens and the checkpoint's tokens before them."""
     agree = [
-        _agrees(text, step, int(row.argmax()))
+        _agrees(text, step, int(token))
         for step, group, logits in _forced(decoder, texts, soft_tokens)
-        for text, row in zip(group, logits, strict=True)
+        for text, token in zip(group, reduced(logits)[0], strict=True)
     ]
     return round(float(np.mean(agree)), 4)
 
 
 def _forced(
     decoder: Decoder, texts: Sequence[SampleText], soft_tokens: Floats
-) -> Iterator[tuple[int, list[SampleText], Floats]]:
+) -> Iterator[tuple[int, list[SampleText], Logits]]:
     """Feed the decoder with the checkpoint's tokens, rows of unequal lengths together: step, its texts, and logits."""
     for first in range(0, len(texts), decoder.max_sequences):
         group = sorted(texts[first : first + decoder.max_sequences], key=lambda text: -len(text.token_ids))

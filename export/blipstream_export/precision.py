@@ -3,17 +3,28 @@
 ``fp32`` is exact. ``fp16`` and ``bf16`` are precisions of storage: weights are rounded to them, and computed with in
 fp32. ``int8`` multiplies 8-bit weights with activations that are quantized as they come, row by row. ``int4`` is int8
 with the language model's matrices at 4 bits, block by block. docs/precision.md has the measurements behind each.
+
+That is so on the CPU. An engine for a GPU computes in fp16 or bf16 what is built in them; TensorRT's int8 and fp8
+multiply 8-bit weights with activations whose scales were learnt from samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import get_args
 
-from blipstream.contract import Precision
 from blipstream.errors import UnsupportedCheckpointError
+from blipstream.manifest import EngineName, Precision
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+OF_ENGINE: Mapping[EngineName, tuple[Precision, ...]] = {
+    "onnxruntime": ("fp32", "fp16", "bf16", "int8", "int4"),
+    "onnxruntime-cuda": ("fp32", "fp16", "bf16"),
+    "tensorrt": ("fp32", "fp16", "bf16", "int8", "fp8"),
+}
+"""What each engine is built in."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +48,18 @@ class StagePrecisions:
 _STAGES = tuple(field.name for field in fields(StagePrecisions))
 
 
-def parse_precision(text: str) -> StagePrecisions:
+def parse_precision(text: str, engine: EngineName = "onnxruntime") -> StagePrecisions:
     """Read ``--precision``: ``int8`` for all stages, ``decoder=int8`` for one, ``int8,decoder=int4`` for both.
 
     Raises:
-        UnsupportedCheckpointError: an unknown precision or stage, a stage named twice, or int4 for another stage than
-            the decoder.
+        UnsupportedCheckpointError: an unknown precision or stage, a stage named twice, a precision that the engine is
+            not built in, or int4 for another stage than the decoder.
     """
     rest: Precision | None = None
     named: dict[str, Precision] = {}
     for part in text.split(","):
         stage, equals, name = (piece.strip() for piece in part.rpartition("="))
-        precision = _precision(name, text)
+        precision = _precision(name, text, engine)
         if not equals and rest is None:
             rest = precision
         elif not equals:
@@ -66,13 +77,13 @@ def parse_precision(text: str) -> StagePrecisions:
     return _check(StagePrecisions(**dict.fromkeys(_STAGES, rest or "fp32") | named), text)
 
 
-def _precision(name: str, text: str) -> Precision:
-    for precision in PRECISIONS:
+def _precision(name: str, text: str, engine: EngineName) -> Precision:
+    for precision in OF_ENGINE[engine]:
         if name == precision:
             return precision
     within = "" if name == text else f" in {text!r}"
     raise UnsupportedCheckpointError(
-        f"precision {name!r}{within} is not built: expected one of {', '.join(PRECISIONS)}"
+        f"precision {name!r}{within} is not built for {engine}: expected one of {', '.join(OF_ENGINE[engine])}"
     )
 
 

@@ -22,7 +22,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from blipstream.contract import DECODER_IO, Precision
+from blipstream.contract import DECODER_IO
+from blipstream.manifest import Precision
 from blipstream_export.activations import STEPS, Activations
 from blipstream_export.initializers import Parts, WeightTensor
 from blipstream_export.quantization import BLOCK, quantize_blocks, quantize_channels
@@ -60,7 +61,8 @@ class LayerPrecision:
     weight: str
     """Names of the checkpoint's parameters that it is made of."""
     form: str
-    """``int8``, ``int8, two digits``, ``int4``; of embeddings that are only looked up, ``int8, looked up``."""
+    """``int8``, ``int8, two digits``, ``int4``; of embeddings that are only looked up, ``int8, looked up``. For
+    TensorRT, ``int8`` or ``fp8``."""
     rounding_error: float | None = None
     """What rounding the input to one digit would lose on the samples, relative to the input; None where that does not
     decide (the head, int4, embeddings) or was not measured."""
@@ -133,6 +135,12 @@ def quantize_graph(
             graph.initializers.pop(name)
 
 
+def is_head(graph: ir.Graph, weight: ir.Value, outputs: int) -> bool:
+    """Whether a weight with so many outputs gives the logits: it is as wide as they, or that of the embeddings."""
+    widths = [x.shape[-1] for x in graph.outputs if x.name == DECODER_IO.logits and x.shape]
+    return outputs in widths or bool(_lookups(weight))
+
+
 def _linear_layers(graph: ir.Graph) -> Iterator[_Linear]:
     for node in graph:
         if node.op_type == "Gemm":
@@ -187,9 +195,8 @@ class _Builder:
         self._prefix = ""
 
     def is_head(self, linear: _Linear) -> bool:
-        """Whether the layer gives the logits: it is as wide as they, or its weight is that of the embeddings."""
-        widths = [x.shape[-1] for x in self._graph.outputs if x.name == DECODER_IO.logits and x.shape]
-        return linear.size[1] in widths or any(node.op_type == "Gather" for node in linear.weight.consumers())
+        """Whether the layer gives the logits."""
+        return is_head(self._graph, linear.weight, linear.size[1])
 
     # --- layers ------------------------------------------------------------------------------------------------------
 

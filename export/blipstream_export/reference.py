@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from blipstream.contract import DecoderSection
 from blipstream.decoding.request import Prompt
 from blipstream.instructions import instruction_inputs
+from blipstream.manifest import DecoderSection
 from blipstream_export.checkpoint import Checkpoint
 from blipstream_export.generation import NEUTRAL, begin_token_id, empty_prompt_ids
 from blipstream_export.tokenizer import SAMPLE_PROMPTS, instruction_ids
@@ -143,26 +143,40 @@ def compute_reference(
         extent: how much to run.
         on_progress: is called with how many of the samples are done, and how many there are.
     """
+    images = sample_images()
+    samples = _samples(checkpoint, len(images), sizes)[: extent.texts]
+    return _compute(model, checkpoint, images, samples, extent.new_tokens, on_progress)
+
+
+def _compute(
+    model: Any,
+    checkpoint: Checkpoint,
+    images: list[Image.Image],
+    samples: Sequence[_Sample],
+    new_tokens: int,
+    on_progress: Callable[[int, int], None],
+) -> Reference:
     import torch
 
     from blipstream_export.deferred import Deferred, computing
 
-    images = sample_images()
-    samples = _samples(checkpoint, len(images), sizes)[: extent.texts]
     keys = list(dict.fromkeys(key for sample in samples for key in sample.keys))
     pixel_values = checkpoint.processor.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad(), computing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks of transformers on defaults that are set here on purpose
-        image_embeds = model.vision_model(pixel_values).last_hidden_state
+        batches = pixel_values.split(_IMAGES_AT_ONCE)
+        image_embeds = torch.cat([model.vision_model(batch).last_hidden_state for batch in batches])
         readings = [_read(model, checkpoint, pixel_values, key) for key in keys]
         texts: list[SampleText] = []
         for sample in samples:
             on_progress(len(texts), len(samples))
             order = tuple(keys.index(key) for key in sample.keys)
-            texts.append(_generate(model, checkpoint, pixel_values, sample, order, extent.new_tokens))
+            texts.append(_generate(model, checkpoint, pixel_values, sample, order, new_tokens))
     streamed = any(isinstance(parameter, Deferred) for parameter in model.parameters())
     return Reference(images, pixel_values.numpy(), image_embeds.numpy(), readings, texts, streamed)
 
+
+_IMAGES_AT_ONCE = 8
 
 CALIBRATION_PROMPTS = ("", *SAMPLE_PROMPTS[:2])
 _CALIBRATION_TOKENS = 4
@@ -195,17 +209,40 @@ def exercise(
             _generate(model, checkpoint, pixel_values, sample, (), _CALIBRATION_TOKENS)
 
 
-def _samples(checkpoint: Checkpoint, num_images: int, sizes: DecoderSection) -> list[_Sample]:
+def compute_calibration(
+    model: Any,
+    checkpoint: Checkpoint,
+    images: list[Image.Image],
+    sizes: DecoderSection,
+    *,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Reference:
+    """What :func:`exercise` runs, with the outputs of every stage; prompts that find no room are passed over."""
+    frames = checkpoint.family.image_side.num_frames
+    count = len(CALIBRATION_PROMPTS)
     samples = []
+    for index in range(len(images)):
+        turn = (CALIBRATION_PROMPTS[(index + offset) % count] for offset in range(count))
+        fitting = (_sample(checkpoint, sizes, (index,) * frames, prompt) for prompt in turn)
+        samples += [sample for sample in fitting if sample is not None][:1]
+    return _compute(model, checkpoint, images, samples, _CALIBRATION_TOKENS, on_progress)
+
+
+def _samples(checkpoint: Checkpoint, num_images: int, sizes: DecoderSection) -> list[_Sample]:
     frames = range(checkpoint.family.image_side.num_frames)
+    samples = []
     for index, prompt in enumerate([*_PROMPTS, *reversed(_PROMPTS)]):
-        prompt_ids, instruction = _prompt_ids(checkpoint, prompt), instruction_ids(checkpoint, prompt)
-        room = sizes.room_behind(checkpoint.num_soft_tokens + len(prompt_ids))
-        readable = instruction is None or len(instruction) <= checkpoint.config.qformer_config.max_position_embeddings
-        if prompt_ids and room > 0 and readable:
-            images = tuple((index + frame) % num_images for frame in frames)
-            samples.append(_Sample(images, prompt, prompt_ids, instruction, room))
-    return samples
+        images = tuple((index + frame) % num_images for frame in frames)
+        samples.append(_sample(checkpoint, sizes, images, prompt))
+    return [sample for sample in samples if sample is not None]
+
+
+def _sample(checkpoint: Checkpoint, sizes: DecoderSection, images: tuple[int, ...], prompt: str) -> _Sample | None:
+    """The sample, unless the model cannot read its prompt."""
+    prompt_ids, instruction = _prompt_ids(checkpoint, prompt), instruction_ids(checkpoint, prompt)
+    room = sizes.room_behind(checkpoint.num_soft_tokens + len(prompt_ids))
+    readable = instruction is None or len(instruction) <= checkpoint.config.qformer_config.max_position_embeddings
+    return _Sample(images, prompt, prompt_ids, instruction, room) if prompt_ids and room > 0 and readable else None
 
 
 def _prompt_ids(checkpoint: Checkpoint, prompt: str) -> tuple[int, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blipstream.contract import MODEL_NAMES, Manifest
+from blipstream.contract import MODEL_NAMES
 from blipstream.errors import BundleError
+from blipstream.manifest import Manifest
 
 
 def check_bundle(bundle: Path) -> Manifest:

@@ -1,4 +1,4 @@
-"""Command line: ``blipstream build | serve | caption | ask | chat``.
+"""Command line: ``blipstream build | serve | caption | ask | chat | bench | plan``.
 
 Importing it imports none of the packages that the commands need; each command brings its own when it runs.
 """
@@ -12,12 +12,14 @@ import typer
 from blipstream_export.cli import build
 
 from blipstream.commands.ask import ask
+from blipstream.commands.bench import bench
 from blipstream.commands.caption import caption
 from blipstream.commands.chat import chat
+from blipstream.commands.plan import plan
 from blipstream.commands.serve import serve
 
 app = typer.Typer(name="blipstream", no_args_is_help=True)
-for command in (build, serve, caption, ask, chat):
+for command in (build, serve, caption, ask, chat, bench, plan):
     app.command()(command)
 
 

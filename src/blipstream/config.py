@@ -36,6 +36,8 @@ class ServerConfig:
     """Prompt tokens that are prefilled between two decode steps at most, unless a single prompt is longer."""
     cache_bytes: int = 256 << 20
     """Bytes of image features that are kept; 0 keeps none."""
+    prefix_bytes: int = 256 << 20
+    """Bytes of images' keys and values that the decoder keeps, for further questions about them; 0 keeps none."""
     max_image_bytes: int = 64 << 20
     """Bytes of an encoded image at most."""
     max_image_pixels: int = 64_000_000

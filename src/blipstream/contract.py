@@ -2,26 +2,14 @@
 
 A *bundle* is the output of ``blipstream build``: a Triton model repository with a ``manifest.json`` beside the models.
 The exporter writes graphs with the names declared here, the Triton models read and write them, clients send them, and
-tests compare every ``config.pbtxt`` with them. Dimensions are integers, or names that a :class:`Manifest` resolves
-(:meth:`Manifest.dims`); the leading batch dimension is never listed; ``-1`` is free.
+tests compare every ``config.pbtxt`` with them. Dimensions are integers, or names that a manifest resolves
+(:meth:`blipstream.manifest.Manifest.dims`); the leading batch dimension is never listed; ``-1`` is free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from blipstream.errors import BundleError
-
-BUNDLE_REVISION = 2
-"""Revision of the bundle's layout; a bundle of another revision is refused."""
-
-MANIFEST_FILE = "manifest.json"
-PARITY_FILE = "parity.json"
 
 # --- Triton models -----------------------------------------------------------------------------------------------
 
@@ -49,6 +37,10 @@ TOKENIZER_FILE = "tokenizer.json"
 
 QFORMER_TOKENIZER_FILE = "qformer_tokenizer.json"
 """Tokenizer of a Q-Former that reads instructions, beside the language model's."""
+
+EMBEDDED_CONFIG = "embedded"
+"""Name of a model's configuration for the pip-installed server, which has Python's backend alone, where the model has
+another for NVIDIA's container (``tritonserver --model-config-name``)."""
 
 DType = Literal["FP32", "FP16", "INT64", "INT32", "UINT64", "BOOL", "BYTES"]
 """Tensor types, by Triton's client-side names."""
@@ -168,7 +160,8 @@ def triton_models(*, instructed: bool) -> tuple[ModelSpec, ...]:
 #   position_ids           INT64 (B, S)   position of each token in its own sequence, from 0
 #   last_index             INT64 (B,)     index in 0..S-1 of the token whose logits are wanted
 #   seqlens_k              INT32 (B,)     tokens in the cache after this call, minus one, for each row
-#   total_sequence_length  INT32 ()       the largest of (seqlens_k + 1); equals S in a prefill
+#   total_sequence_length  INT32 ()       the largest of (seqlens_k + 1); equals S in a prefill. Larger than S > 1, for
+#                                         one row alone, it says that the row's first tokens are in the cache already
 #   past_key.{i}, past_value.{i}        FP32 (B, H_kv, T, D_head) for each layer i, T = slots' capacity in tokens
 #   logits                 FP32  (B, V)
 #   present_key.{i}, present_value.{i}  same shape; bound to the memory of past_*: the cache is updated in place
@@ -189,7 +182,13 @@ def triton_models(*, instructed: bool) -> tuple[ModelSpec, ...]:
 #                                                   T_prompt tokens
 #   present_cross_key.{i}, present_cross_value.{i}  same shape; bound to the memory of past_cross_*, and unchanged
 #
-# That is how ONNX Runtime's graphs for the CPU are. In a graph that computes in half precision, caches have its type. A
+# That is how ONNX Runtime's graphs for the CPU are. A graph for a GPU says two things more about each row of the
+# logits, which then stay on the GPU until someone wants them:
+#
+#   argmax                 INT64 (B,)     index of the first of the largest
+#   logit_sums             FP32  (B,)     their sum, which is finite unless one of them is not or it overflows
+#
+# In a graph that computes in half precision, caches have its type. A
 # graph may do without inputs that it has no use for and outputs that are inputs (``DecoderIO.optional``).
 
 
@@ -206,6 +205,8 @@ class DecoderIO:
     cross_seqlens_k: str = "cross_seqlens_k"
     cross_total_sequence_length: str = "cross_total_sequence_length"
     logits: str = "logits"
+    argmax: str = "argmax"
+    sums: str = "logit_sums"
 
     def cache_inputs(self, num_layers: int) -> list[str]:
         """Names of the cache's inputs: key and value of layer 0, of layer 1, ..."""
@@ -225,9 +226,9 @@ class DecoderIO:
 
     def optional(self, num_layers: int) -> frozenset[str]:
         """Names that a graph need not have: positions and the largest lengths, where all follows from each row's own
-        length, and the cross-attention's cache as an output, since it is not changed."""
+        length; the cross-attention's cache as an output, since it is not changed; and what is said of the logits."""
         implied = (self.position_ids, self.total_sequence_length, self.cross_total_sequence_length)
-        return frozenset((*implied, *self.cross_outputs(num_layers)))
+        return frozenset((*implied, *self.cross_outputs(num_layers), self.argmax, self.sums))
 
 
 @dataclass(frozen=True)
@@ -245,192 +246,3 @@ class EncoderIO:
 
 DECODER_IO = DecoderIO()
 ENCODER_IO = EncoderIO()
-
-# --- manifest ----------------------------------------------------------------------------------------------------
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ImageSection(_Section):
-    """How an image becomes ``pixel_values``: the checkpoint's image processor, as plain numbers."""
-
-    size: int
-    """Height and width in pixels."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"]
-    rescale_factor: float
-
-
-class VisionSection(_Section):
-    """Sizes of the vision encoder."""
-
-    num_image_tokens: int
-    hidden_size: int
-    num_layers: int
-    num_frames: int = 1
-    """Images of one request, each read by itself: the frames of a video in their order, or a single picture."""
-
-
-class InstructionSection(_Section):
-    """What the Q-Former reads of an instruction."""
-
-    vocab_size: int
-    max_tokens: int
-    """Tokens of an instruction at most, special tokens included: the positions that the Q-Former knows."""
-    pad_token_id: int
-    """Fills the ids of shorter instructions in a batch; the mask hides it."""
-
-
-class QFormerSection(_Section):
-    """Sizes of the Q-Former."""
-
-    num_query_tokens: int
-    hidden_size: int
-    num_layers: int
-    instruction: InstructionSection | None = None
-    """Set where the Q-Former reads the request's text as well (InstructBLIP)."""
-
-
-class EncoderSection(_Section):
-    """What a language model with an encoder has besides: the cache of what its decoder reads of the encoder."""
-
-    num_heads: int
-    """Heads of the cross-attention."""
-    head_dim: int
-    max_tokens: int
-    """Tokens of one row of the cross-attention's cache: soft tokens + prompt."""
-    decoder_start_token_id: int
-    """Every answer begins behind this token, which is not part of it."""
-
-
-class DecoderSection(_Section):
-    """Sizes of the language model and of its KV cache."""
-
-    family: str
-    """Kind of language model: its ``model_type`` in transformers."""
-    num_layers: int
-    num_key_value_heads: int
-    head_dim: int
-    hidden_size: int
-    """Width of the token embeddings that soft tokens share (``word_embed_proj_dim`` for OPT)."""
-    vocab_size: int
-    max_sequences: int
-    """Rows of the KV cache: sequences that decode at once."""
-    max_tokens: int
-    """Tokens of one row: soft tokens + prompt + generated; behind an encoder, the start token + generated."""
-    encoder: EncoderSection | None = None
-
-    @property
-    def max_prompt_tokens(self) -> int:
-        """Soft tokens + prompt at most."""
-        return self.max_tokens - 1 if self.encoder is None else self.encoder.max_tokens
-
-    def room_behind(self, prompt_tokens: int) -> int:
-        """New tokens for which there is room behind a prompt of so many tokens; 0 when the prompt is too long."""
-        if prompt_tokens > self.max_prompt_tokens:
-            return 0
-        return self.max_tokens - (prompt_tokens if self.encoder is None else 1)
-
-
-class GenerationSection(_Section):
-    """Defaults of the checkpoint's own ``generate``, and the ids that frame a prompt."""
-
-    empty_prompt_ids: tuple[int, ...]
-    """What stands behind the soft tokens when a request has no text: how a plain caption begins."""
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
-    image_token_id: int | None
-    """Id of the soft tokens' placeholder; the repetition penalty sees it, as it does in transformers."""
-    max_new_tokens: int
-    """New tokens when a request does not say."""
-    repetition_penalty: float = 1.0
-
-
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
-"""How a stage's weights are stored and computed with; docs/precision.md."""
-
-
-class FileEntry(_Section):
-    """One file of the bundle."""
-
-    bytes: int
-    sha256: str
-
-
-class Manifest(_Section):
-    """Contents of ``manifest.json``."""
-
-    revision: int
-    kind: str
-    """Image side and language model, as in ``blip2-opt``."""
-    source: str
-    """Name of the checkpoint: its folder's name or its hub id."""
-    engine: Literal["onnxruntime"]
-    precision: dict[str, Precision]
-    """Precision of each stage: ``vision_encoder``, ``qformer``, ``decoder``."""
-    image: ImageSection
-    vision: VisionSection
-    qformer: QFormerSection
-    decoder: DecoderSection
-    generation: GenerationSection
-    versions: dict[str, str]
-    """Versions of the packages that built the bundle."""
-    files: dict[str, FileEntry]
-    """Every other file of the bundle (``parity.json`` excepted), by its path relative to the bundle."""
-
-    def dims(self) -> Mapping[str, int]:
-        """Value of each named dimension of a :class:`TensorSpec`."""
-        return {
-            "image_size": self.image.size,
-            "num_image_tokens": self.vision.num_image_tokens,
-            "vision_hidden_size": self.vision.hidden_size,
-            "num_query_tokens": self.qformer.num_query_tokens,
-            "decoder_hidden_size": self.decoder.hidden_size,
-        }
-
-    @property
-    def models(self) -> tuple[ModelSpec, ...]:
-        """The Triton models of this bundle."""
-        return triton_models(instructed=self.qformer.instruction is not None)
-
-    def shape(self, spec: TensorSpec) -> tuple[int, ...]:
-        """Shape of a tensor in this bundle, without the batch dimension."""
-        dims = self.dims()
-        return tuple(dim if isinstance(dim, int) else dims[dim] for dim in spec.shape)
-
-    @classmethod
-    def load(cls, bundle: Path) -> Manifest:
-        """Read ``manifest.json`` of a bundle.
-
-        Raises:
-            BundleError: no manifest, another revision, or fields missing or wrong (all of them are named).
-        """
-        path = bundle / MANIFEST_FILE
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise BundleError(
-                f"{bundle} is not a bundle: it holds no {MANIFEST_FILE}; `blipstream build` writes one"
-            ) from None
-        try:
-            head = _Revision.model_validate_json(text)
-            if head.revision != BUNDLE_REVISION:
-                raise BundleError(
-                    f"{path} is of bundle revision {head.revision}, and this version of Blipstream reads revision "
-                    f"{BUNDLE_REVISION}: build the bundle again"
-                )
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-            raise BundleError(f"{path} is not a valid manifest: {faults}") from None
-
-    def dump(self, bundle: Path) -> None:
-        """Write ``manifest.json`` into a bundle."""
-        (bundle / MANIFEST_FILE).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-class _Revision(BaseModel):
-    revision: int

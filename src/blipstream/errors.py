@@ -13,6 +13,8 @@
     │   └── UnsupportedCheckpointError   a checkpoint of a kind that Blipstream does not serve
     ├── ParityError                the exported graphs do not reproduce the checkpoint
     ├── EngineError                an inference engine failed
+    ├── KernelError                a fused kernel cannot be compiled as asked
+    │   └── KernelInputError       a fused kernel was given tensors or options that it does not take
     ├── ServerStartError           tritonserver could not be started, or did not become ready
     └── ClientError                what a client sees: the server refused, failed or is out of reach
         ├── RequestRefusedError    the server found the request invalid (an InvalidRequestError as well)
@@ -67,6 +69,14 @@ class ParityError(BlipstreamError):
 
 class EngineError(BlipstreamError):
     """An inference engine failed to load or to run a graph."""
+
+
+class KernelError(BlipstreamError):
+    """A fused kernel cannot be compiled for an architecture, or does not fit it."""
+
+
+class KernelInputError(KernelError, ValueError):
+    """A fused kernel was given a tensor or an option that it does not take; nothing was launched."""
 
 
 class ServerStartError(BlipstreamError):

@@ -10,51 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from blipstream.arrays import ArrayCache
+
 Features = npt.NDArray[np.float32]
-
-
-class FeatureCache:
-    """Arrays by key, the least recently used dropped when a budget of bytes is exceeded.
-
-    Args:
-        max_bytes: the budget; an array larger than it is not kept.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[bytes, Features] = OrderedDict()
-        self.num_bytes = 0
-        """Bytes of the arrays that are kept."""
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, key: bytes) -> Features | None:
-        """The array of a key, which counts as used now; None when it is not kept."""
-        if key not in self._entries:
-            return None
-        self._entries.move_to_end(key)
-        return self._entries[key]
-
-    def put(self, key: bytes, features: Features) -> None:
-        """Keep an array and drop old ones until the budget is met. The array becomes read-only: many share it."""
-        features.flags.writeable = False
-        if key in self._entries:
-            self.num_bytes -= self._entries.pop(key).nbytes
-        if features.nbytes > self._max_bytes:
-            return
-        self._entries[key] = features
-        self.num_bytes += features.nbytes
-        while self.num_bytes > self._max_bytes:
-            _, oldest = self._entries.popitem(last=False)
-            self.num_bytes -= oldest.nbytes
 
 
 class FeatureSource:
@@ -67,7 +31,7 @@ class FeatureSource:
         cache: keeps them.
     """
 
-    def __init__(self, cache: FeatureCache) -> None:
+    def __init__(self, cache: ArrayCache) -> None:
         self._cache = cache
         self._running: dict[bytes, asyncio.Task[Features]] = {}
         self.num_hits = 0
@@ -121,7 +85,7 @@ class SoftTokenSource:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._cache = FeatureCache(max_bytes)
+        self._cache = ArrayCache(max_bytes)
         self._soft_tokens = FeatureSource(self._cache)
         self._image_embeds = FeatureSource(self._cache)
 

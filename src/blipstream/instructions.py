@@ -13,15 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from blipstream.contract import (
-    QFORMER_ATTENTION_MASK,
-    QFORMER_INPUT_IDS,
-    QFORMER_TOKENIZER_FILE,
-    InstructionSection,
-    Manifest,
-)
+from blipstream.contract import QFORMER_ATTENTION_MASK, QFORMER_INPUT_IDS, QFORMER_TOKENIZER_FILE
 from blipstream.decoding.text import Tokenizer
 from blipstream.errors import InvalidRequestError, PromptTooLongError
+from blipstream.manifest import InstructionSection, Manifest
 
 Array = npt.NDArray[Any]
 

@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from blipstream.contract import ImageSection
 from blipstream.errors import InvalidImageError
+from blipstream.manifest import ImageSection
 
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 """Formats that are decoded, by Pillow's names. Others are refused: some start other programs (EPS), most are obscure,

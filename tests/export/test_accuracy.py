@@ -69,7 +69,11 @@ def test_faults_come_before_any_work(random_checkpoint: Path, tmp_path: Path) ->
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (random_checkpoint, {"test_set": tmp_path / "none.jsonl"}, "the test set .* cannot be read"),
         (video, {"test_set": questions}, "video reads several frames a request"),
-        (random_checkpoint, {"calibration": tmp_path, "precision": "fp16"}, "calibration images are read for int8 and"),
+        (
+            random_checkpoint,
+            {"calibration": tmp_path, "precision": "fp16"},
+            "calibration images are read for int8, fp8 and",
+        ),
         (random_checkpoint, {"calibration": tmp_path / "no", "precision": "int8"}, "there is no folder of images"),
         (random_checkpoint, {"calibration": tmp_path / "empty", "precision": "int8"}, "holds no image file"),
         (

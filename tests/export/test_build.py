@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 from blipstream_export.build import BuildOptions, BuildResult, build
-from blipstream_export.cli import show
 from blipstream_export.observer import STAGES
+from blipstream_export.terminal import show
 from typer.testing import CliRunner
 
 from blipstream.cli import app
-from blipstream.contract import BUNDLE_REVISION, MANIFEST_FILE, MODEL_NAMES, PARITY_FILE, Manifest
+from blipstream.contract import MODEL_NAMES
+from blipstream.manifest import BUNDLE_REVISION, MANIFEST_FILE, PARITY_FILE, Manifest
 from tests.checkpoints import save_blip2
 
 COMMAND = [sys.executable, "-c", "from blipstream.cli import app; app()", "build"]
@@ -162,7 +163,10 @@ def test_stages_are_timed_and_named(random_bundle: BuildResult, capsys: pytest.C
     [
         (["nowhere/at-all/x", "-o", "out"], "blipstream build: there is no folder nowhere/at-all/x, and a hub id"),
         (["nowhere/at-all/x", "-o", "/proc/bundle"], "blipstream build: [Errno 2] No such file or directory"),
-        (["x", "-o", "out", "--precision", "int3"], "precision 'int3' is not built: expected one of fp32"),
+        (
+            ["x", "-o", "out", "--precision", "int3"],
+            "precision 'int3' is not built for onnxruntime: expected one of fp32",
+        ),
     ],
 )
 def test_errors_are_one_line_on_standard_error(

@@ -9,8 +9,9 @@ import pytest
 from blipstream_export import bundle as bundle_module
 from blipstream_export.bundle import copy_models, list_files, model_repository, new_bundle
 
-from blipstream.contract import MANIFEST_FILE, MODEL_NAMES
+from blipstream.contract import MODEL_NAMES
 from blipstream.errors import BundleError
+from blipstream.manifest import MANIFEST_FILE
 
 VALUES = {
     "image_size": 28,
@@ -19,6 +20,8 @@ VALUES = {
     "num_query_tokens": 6,
     "decoder_hidden_size": 48,
     "max_sequences": 5,
+    "max_batch": 3,
+    "preferred_images": 2,
 }
 
 
@@ -98,6 +101,20 @@ def test_models_are_copied_and_filled_in(instructed: bool, tmp_path: Path) -> No
         assert (tmp_path / name / "1").is_dir()
     assert "dims: [ 3, 28, 28 ]" in (tmp_path / "preprocess" / "config.pbtxt").read_text()
     assert not list(tmp_path.rglob("__pycache__"))
+
+
+@pytest.mark.parametrize("instructed", [False, True])
+def test_models_for_tritons_tensorrt_backend(instructed: bool, tmp_path: Path) -> None:
+    copy_models(tmp_path, {**VALUES, "profiles": '"0", "1"'}, instructed=instructed, backend="tensorrt")
+    with_two = {path.parent.parent.name for path in tmp_path.glob("*/configs/embedded.pbtxt")}
+    assert with_two == ({"vision_encoder"} if instructed else {"vision_encoder", "qformer"})
+    for name in MODEL_NAMES:
+        config = (tmp_path / name / "config.pbtxt").read_text()
+        assert ('backend: "tensorrt"' in config) == (name in with_two)
+        assert "$" not in config
+    for name in with_two:
+        assert 'profile: [ "0", "1" ]' in (tmp_path / name / "config.pbtxt").read_text()
+        assert 'backend: "python"' in (tmp_path / name / "configs" / "embedded.pbtxt").read_text()
 
 
 def test_a_placeholder_without_a_value(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from blipstream_export.generation import empty_prompt_ids, generation_notes, gen
 from blipstream_export.reference import compute_reference
 from blipstream_export.tokenizer import check_tokenizer, tokenizer_notes
 
-from blipstream.contract import DecoderSection
 from blipstream.errors import BundleError, CheckpointError, UnsupportedCheckpointError
+from blipstream.manifest import DecoderSection
 from tests.checkpoints import TinySizes, make_blip2_opt, make_images, make_processor, save_blip2, save_blip2_opt
 from tests.export.damage import edit, put, weights
 from tests.languages import opt_tokenizer
@@ -23,7 +23,11 @@ from tests.languages import opt_tokenizer
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"precision": "fp8"}, UnsupportedCheckpointError, "precision 'fp8' is not built: expected one of fp32"),
+        (
+            {"precision": "fp8"},
+            UnsupportedCheckpointError,
+            "precision 'fp8' is not built for onnxruntime: expected one of fp32",
+        ),
         ({"max_sequences": 0}, BundleError, "max_sequences must be at least 1, but it is 0"),
         ({"max_tokens": -1}, BundleError, "max_tokens must be at least 1, but it is -1"),
     ],

@@ -32,13 +32,13 @@ from blipstream.contract import (
     TOKENIZER_FILE,
     VISION_ENCODER,
     VISION_ENCODER_SPEC,
-    DecoderSection,
     ModelSpec,
 )
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, SamplingParams
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import CachedDecoder, create_engine
+from blipstream.manifest import DecoderSection
 from tests.checkpoints import PROMPTS, TinySizes, make_blip2_opt, make_images, make_processor
 from tests.languages import OPT_VARIANTS, opt_tokenizer
 

@@ -20,8 +20,8 @@ from blipstream_export.shards import deferred_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blipstream.contract import Precision
 from blipstream.engines import create_engine
+from blipstream.manifest import Precision
 from tests.checkpoints import save_blip2_opt
 
 HALF = torch.float16

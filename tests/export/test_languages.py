@@ -18,10 +18,11 @@ from blipstream_export.models import llama, t5
 from blipstream_export.models.llama import LlamaDecoder
 from blipstream_export.models.t5 import T5Decoder, T5Encoder
 
-from blipstream.contract import DECODER_FILE, DECODER_IO, ENCODER_FILE, DecoderSection, Precision
+from blipstream.contract import DECODER_FILE, DECODER_IO, ENCODER_FILE
 from blipstream.engines import RowDecoder, create_engine, load_decoder
 from blipstream.engines.decoder import pack_prompts, prefill_inputs
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
+from blipstream.manifest import DecoderSection, Precision
 from tests.deferring import defer_parameters
 from tests.export.language_models import (
     CAPACITY,

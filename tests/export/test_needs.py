@@ -14,6 +14,7 @@ from blipstream_export.build import BuildOptions, build
 from blipstream_export.checkpoint import load_model, open_checkpoint
 from blipstream_export.needs import Needs, check_disk, estimate_needs, total_memory
 from blipstream_export.observer import STAGES, BuildObserver
+from blipstream_export.parity import THRESHOLDS
 from blipstream_export.precision import parse_precision
 from blipstream_export.units import GIB, format_bytes
 from torch import nn
@@ -61,7 +62,7 @@ def test_the_bundle_is_not_larger_than_was_said(precision: str, random_checkpoin
     said = estimate(model, precision).disk - estimate(nn_nothing(model)).disk
     thresholds = {
         name: replace(limits, min_cosine=-1, max_relative_error=9, min_agreement=0)
-        for name, limits in build_module.THRESHOLDS.items()
+        for name, limits in THRESHOLDS.items()
     }
     options = BuildOptions(precision=precision, thresholds=thresholds)
     result = build(str(random_checkpoint), tmp_path / "bundle", options)

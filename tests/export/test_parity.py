@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_each_stage_has_the_thresholds_of_its_precision() -> None:
     assert make_report(GOOD_STAGE, rough).faults == []
     faults = make_report(GOOD_STAGE, replace(rough, precision="bf16")).faults
     assert faults == ["decoder step has cosine 0.9700000, and 0.999 is asked for"]
-    for stricter, looser in zip(THRESHOLDS, list(THRESHOLDS)[1:], strict=False):
+    for stricter, looser in itertools.pairwise(THRESHOLDS):
         a, b = THRESHOLDS[stricter], THRESHOLDS[looser]
         assert a.min_cosine > b.min_cosine
         assert a.max_relative_error < b.max_relative_error

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from blipstream_export.build import BuildOptions
-from blipstream_export.precision import PRECISIONS, StagePrecisions, parse_precision
+from blipstream_export.precision import OF_ENGINE, PRECISIONS, StagePrecisions, parse_precision
 
 from blipstream.errors import UnsupportedCheckpointError
+from blipstream.manifest import EngineName
 
 
 @pytest.mark.parametrize(
@@ -32,10 +33,13 @@ def test_precision_of_each_stage(text: str, expected: tuple[str, str, str]) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int3", "precision 'int3' is not built: expected one of fp32, fp16, bf16, int8, int4"),
-        ("", "precision '' is not built: expected one of fp32"),
+        ("int3", "precision 'int3' is not built for onnxruntime: expected one of fp32, fp16, bf16, int8, int4"),
+        ("", "precision '' is not built for onnxruntime: expected one of fp32"),
         ("INT8", "precision 'INT8' is not built"),
-        ("int8,decoder=int5", "precision 'int5' in 'int8,decoder=int5' is not built: expected one of fp32"),
+        (
+            "int8,decoder=int5",
+            "precision 'int5' in 'int8,decoder=int5' is not built for onnxruntime: expected one of fp32",
+        ),
         ("int8,", "precision '' in 'int8,' is not built"),
         ("int8,fp16", "precision 'int8,fp16' names two precisions for all stages, int8 and fp16: expected one"),
         ("llm=int8", "precision 'llm=int8' names the stage 'llm': expected one of vision_encoder, qformer, decoder"),
@@ -52,6 +56,18 @@ def test_what_cannot_be_built_is_refused_by_name(text: str, message: str) -> Non
         assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("engine", "text"), [("onnxruntime", "fp8"), ("onnxruntime-cuda", "int8"), ("tensorrt", "decoder=int4")]
+)
+def test_an_engine_that_is_not_built_so(engine: EngineName, text: str) -> None:
+    expected = ", ".join(OF_ENGINE[engine])
+    with pytest.raises(UnsupportedCheckpointError, match=f"is not built for {engine}: expected one of {expected}"):
+        BuildOptions(engine=engine, precision=text)
+
+
 def test_every_precision_can_be_asked_for() -> None:
-    assert {parse_precision(f"decoder={name}").decoder for name in PRECISIONS} == set(PRECISIONS)
+    asked = {
+        parse_precision(f"decoder={name}", engine).decoder for engine, names in OF_ENGINE.items() for name in names
+    }
+    assert asked == set(PRECISIONS)
     assert StagePrecisions() == parse_precision("fp32")

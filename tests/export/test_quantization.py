@@ -15,8 +15,9 @@ from blipstream_export.graphs import GraphInputs, export_graph
 from blipstream_export.quantization import BLOCK, quantize_blocks, quantize_channels
 from torch import Tensor, nn
 
-from blipstream.contract import DECODER_IO, Precision
+from blipstream.contract import DECODER_IO
 from blipstream.engines import create_engine
+from blipstream.manifest import Precision
 from tests.deferring import defer_parameters
 
 Floats = npt.NDArray[np.float32]

@@ -15,7 +15,7 @@ from blipstream_export.checkpoint import load_model, open_checkpoint
 from blipstream_export.reference import BRIEF, compute_reference
 from blipstream_export.shards import deferred_tensors
 
-from blipstream.contract import PARITY_FILE
+from blipstream.manifest import PARITY_FILE
 from tests.checkpoints import save_blip2
 
 NOISE = dict.fromkeys(("cosine", "relative_error", "max_difference"))

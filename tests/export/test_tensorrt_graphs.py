@@ -20,9 +20,10 @@ from blipstream_export.models.vision import VisionEncoder
 from blipstream_export.typed import convert, weight_types
 from torch import nn
 
-from blipstream.contract import DECODER_FILE, DECODER_IO, PIXEL_VALUES, SOFT_TOKENS, DecoderSection
+from blipstream.contract import DECODER_FILE, DECODER_IO, PIXEL_VALUES, SOFT_TOKENS
 from blipstream.engines import RowDecoder, create_engine, load_decoder
 from blipstream.errors import CheckpointError, EngineError
+from blipstream.manifest import DecoderSection
 from tests.checkpoints import make_blip2_opt
 from tests.export.language_models import CAPACITY, CASES, VARIANTS, decode_along, make_model, module_of
 
@@ -119,7 +120,8 @@ def test_half_precision_graphs_compute_in_half_precision(language: str, precisio
         if value.dtype in (half, ir.DataType.FLOAT):
             assert (value.dtype == half) == (value.name in caches)
     types = {value.name: value.dtype for value in graph.outputs}
-    assert types.pop(DECODER_IO.logits) == ir.DataType.FLOAT
+    assert types.pop(DECODER_IO.logits) == types.pop(DECODER_IO.sums) == ir.DataType.FLOAT
+    assert types.pop(DECODER_IO.argmax) == ir.DataType.INT64
     assert set(types.values()) == {half}
     products = [node.outputs[0] for node in graph.all_nodes() if node.op_type in ("MatMul", "Gemm", "TRT_Attention")]
     wide = [value for value in products if value.dtype == ir.DataType.FLOAT]

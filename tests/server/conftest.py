@@ -14,7 +14,7 @@ from tests.server.wire import png
 
 SLOTS = 3
 """Few, so that a few requests fill them."""
-ROW_TOKENS = 4000
+ROW_TOKENS = 20_000
 """Many, so that a request can keep its slot for as long as a test needs."""
 
 

@@ -31,6 +31,24 @@ def test_a_repeated_image_runs_neither_vit_nor_qformer(server: TritonServer) -> 
     wait_until(lambda: metric(server, "blipstream_feature_cache_hits_total") == hits + 4)
 
 
+def test_a_further_question_is_read_behind_what_is_known_of_the_image(server: TritonServer, image: bytes) -> None:
+    """The answers are those of a server that has never seen the image: a new one in the middle of others."""
+    questions = ["what is this", "how many", "a"]
+    (new,) = (png(picture) for picture in make_images(1, seed=1101))
+    hits, size = (settled(server, f"blipstream_prefix_cache_{name}") for name in ("hits_total", "bytes"))
+    known = [ask(server.grpc_url, image=new, text_input=question, max_tokens=8).token_ids for question in questions]
+    wait_until(lambda: metric(server, "blipstream_prefix_cache_hits_total") == hits + 2)
+    assert metric(server, "blipstream_prefix_cache_bytes") > size
+    with ThreadPoolExecutor(3) as pool:
+        together = pool.map(
+            lambda question: ask(server.grpc_url, image=new, text_input=question, max_tokens=8).token_ids, questions
+        )
+        assert list(together) == known
+    other = ask(server.grpc_url, image=image, text_input=questions[1], max_tokens=8).token_ids
+    assert ask(server.grpc_url, image=new, text_input=questions[1], max_tokens=8).token_ids == known[1]
+    assert ask(server.grpc_url, image=image, text_input=questions[1], max_tokens=8).token_ids == other
+
+
 def test_a_new_image_runs_each_model_once(server: TritonServer) -> None:
     (image,) = (png(picture) for picture in make_images(1, seed=1002))
     models = ("preprocess", "vision_encoder", "qformer")

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blipstream.contract import Manifest
+from blipstream.manifest import Manifest
 from blipstream.preprocess import ImageTransform
 from blipstream.triton.server import TritonServer
 from tests.server.conftest import ROW_TOKENS, SLOTS
-from tests.server.wire import Reply, ask, ask_unary, generate
+from tests.server.wire import LONG, Reply, ask, ask_unary, generate
 
 pytestmark = pytest.mark.server
 
@@ -30,16 +30,16 @@ def joined(replies: Sequence[Reply]) -> tuple[list[int], str]:
 
 
 def test_streamed_text_is_the_whole_text(server: TritonServer, image: bytes) -> None:
-    inputs = {"image": image, "text_input": "Question: what colour?", "max_tokens": 30, "min_tokens": 30}
+    inputs = {"image": image, "text_input": "Question: what colour?", "max_tokens": LONG, "min_tokens": LONG}
     whole = ask(server.grpc_url, **inputs)
     streamed = generate(server.grpc_url, **inputs, stream=True)
     assert whole.finish_reason == "length"
-    assert whole.num_output_tokens == len(whole.token_ids) == 30
+    assert whole.num_output_tokens == len(whole.token_ids) == LONG
     assert joined(streamed) == (whole.token_ids, whole.text)
     assert len(streamed) > 1
     assert [reply.finish_reason for reply in streamed[:-1]] == [""] * (len(streamed) - 1)
     last = streamed[-1]
-    assert (last.finish_reason, last.num_output_tokens) == ("length", 30)
+    assert (last.finish_reason, last.num_output_tokens) == ("length", LONG)
     assert last.num_input_tokens == whole.num_input_tokens
 
 

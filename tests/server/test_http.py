@@ -9,7 +9,7 @@ import pytest
 
 from blipstream.triton.server import TritonServer
 from tests.server.conftest import SLOTS
-from tests.server.wire import ask, data_url, events, generate, occupied, post
+from tests.server.wire import LONG, ask, data_url, events, generate, occupied, post
 
 pytestmark = pytest.mark.server
 
@@ -34,7 +34,7 @@ def test_generate_with_a_data_url_and_nothing_else(server: TritonServer, image: 
 
 
 def test_generate_stream(server: TritonServer, image: bytes) -> None:
-    inputs = {"text_input": "this is", "max_tokens": 40, "min_tokens": 40}
+    inputs = {"text_input": "this is", "max_tokens": LONG, "min_tokens": LONG}
     expected = generate(server.grpc_url, image=image, **inputs)
     status, body = post(server, "blip2/generate_stream", image=data_url(image), stream=True, **inputs)
     assert status == 200
@@ -43,7 +43,7 @@ def test_generate_stream(server: TritonServer, image: bytes) -> None:
     assert "".join(part["text_output"] for part in parts) == expected[0].text
     assert [part["finish_reason"] for part in parts[:-1]] == [""] * (len(parts) - 1)
     assert parts[-1]["finish_reason"] == "length"
-    assert parts[-1]["num_output_tokens"] == 40
+    assert parts[-1]["num_output_tokens"] == LONG
 
 
 def test_parameters_by_json(server: TritonServer, image: bytes) -> None:

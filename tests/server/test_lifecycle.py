@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -12,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blipstream_client import AsyncClient
 from tritonclient.utils import InferenceServerException
 
-from blipstream.errors import ServerStartError
+from blipstream.config import ServerConfig
+from blipstream.errors import ServerStartError, ServerUnavailableError
 from blipstream.triton.server import TritonServer
 from tests.server.wire import Stream, ask, wait_until
 
@@ -190,3 +193,16 @@ def test_two_servers_at_once(server: TritonServer, bundle: Path, image: bytes, t
         assert other.grpc_url != server.grpc_url
         assert ask(other.grpc_url, image=image, max_tokens=5).token_ids == expected
     assert ask(server.grpc_url, image=image, max_tokens=5).token_ids == expected
+
+
+async def test_refused_requests_do_not_hold_up_a_stop(bundle: Path, image: bytes) -> None:
+    """A client that cancels a call whose last response it has may leave Triton unable to unload the model.
+
+    With its verbose log Triton is slow enough that this comes about every time.
+    """
+    with TritonServer(bundle, config=ServerConfig(threads=1, queue_size=24), verbose=True) as server:
+        async with AsyncClient(server.grpc_url) as client:
+            calls = [client.generate(image, max_tokens=300, min_tokens=300) for _ in range(60)]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert any(isinstance(outcome, ServerUnavailableError) for outcome in outcomes)
+    assert not [line for line in server.log_tail if "Exit timeout expired" in line]

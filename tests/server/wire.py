@@ -25,6 +25,8 @@ from blipstream.triton.server import TritonServer
 
 PATIENCE_S = 300.0
 """How long a test waits for something that must come about; machines may be busy."""
+LONG = 1000
+"""Tokens of a stream that cannot come as one response: on a busy machine, those of a few milliseconds go together."""
 PUBLICATION_S = 1.0
 """Longer than the time between two publications of the metrics."""
 
@@ -223,7 +225,7 @@ def wait_until(condition: Callable[[], Any]) -> None:
 @contextmanager
 def occupied(server: TritonServer, slots: int, image: bytes, **inputs: Any) -> Iterator[list[Stream]]:
     """Keep every slot busy with long sequences; cancels them at the end."""
-    long = {"max_tokens": 100_000, "min_tokens": 10_000, "stream": True, **inputs}
+    long = {"max_tokens": 100_000, "min_tokens": 100_000, "stream": True, **inputs}
     streams = [Stream(server.grpc_url, image=image, **long) for _ in range(slots)]
     try:
         for stream in streams:

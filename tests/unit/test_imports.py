@@ -23,7 +23,8 @@ import importlib, pkgutil
 for name in ("blipstream", "blipstream_client"):
     package = importlib.import_module(name)
     for module in pkgutil.walk_packages(package.__path__, name + "."):
-        importlib.import_module(module.name)
+        if module.name not in ("blipstream.engines.cuda", "blipstream.engines.tensorrt"):  # these need a GPU's packages
+            importlib.import_module(module.name)
 """
 _HIDE = """
 import sys

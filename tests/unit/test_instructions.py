@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blipstream.contract import InstructionSection
 from blipstream.errors import BundleError, InvalidRequestError, PromptTooLongError
 from blipstream.instructions import InstructionEncoder, check_instruction, instruction_inputs, pad_instructions
+from blipstream.manifest import InstructionSection
 from tests.unit.decoding.fakes import byte_tokenizer
 from tests.unit.triton.fakes import make_manifest
 

@@ -1,11 +1,12 @@
-"""Operators that the onnx package does not know, declared as far as they are used."""
+"""Operators that the onnx package does not know, declared as far as they are used; and nodes in the place of others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import onnxscript
 
 Schema = onnx.defs.OpSchema
@@ -59,6 +60,16 @@ def declare(
         schema.set_type_and_shape_inference_function(infer)
         onnx.defs.register_schema(schema)
     return onnxscript.values.Op(opset, name, schema)
+
+
+def put_in_place(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node], results: Sequence[ir.Value]) -> None:
+    """Put nodes in the place of another, whose outputs ``results`` become, with their names, shapes and types."""
+    graph.insert_before(node, nodes)
+    for output, result in zip(node.outputs, results, strict=True):
+        result.shape, result.type, result.name = output.shape, output.type, output.name
+        output.name = None
+        ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def _parameter(spec: str) -> Any:

@@ -19,7 +19,7 @@ import onnxscript
 import torch
 
 from blipstream_export import ops  # noqa: F401  (registers the operators)
-from blipstream_export.lowering.operators import LoweringTable, Schema, declare
+from blipstream_export.lowering.operators import LoweringTable, Schema, declare, put_in_place
 
 DOMAIN = "trt"
 ATTENTION = "TRT_Attention"
@@ -103,13 +103,8 @@ def _name_axes(graph: ir.Graph, node: ir.Node) -> None:
     axes = [axis for axis, size in enumerate(value.shape) if size == 1]
     constant = ir.node("Constant", [], {"value_ints": axes})
     constant.outputs[0].shape, constant.outputs[0].dtype = ir.Shape([len(axes)]), ir.DataType.INT64
-    graph.insert_before(node, constant)
     squeezed = ir.node("Squeeze", [value, constant.outputs[0]])
-    output, made = node.outputs[0], squeezed.outputs[0]
-    made.shape, made.type = output.shape, output.type
-    graph.insert_before(node, squeezed)
-    ir.convenience.replace_all_uses_with(output, made)
-    graph.remove(node, safe=True)
+    put_in_place(graph, node, [constant, squeezed], squeezed.outputs)
 
 
 def _share_shape(graph: ir.Graph, node: ir.Node, known: dict[tuple[str, ...], ir.Value]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from blipstream.errors import EngineError
+from blipstream_export.lowering.plugins import MERGE, PLUGIN_DOMAIN, SPLIT, WHOLE
 from blipstream_export.lowering.tensorrt import ATTENTION, DOMAIN
 
 _T = ir.DataType
@@ -54,6 +55,8 @@ def check_importable(model: ir.Model) -> None:
 def _fault(node: ir.Node) -> str | None:
     if node.domain == DOMAIN:
         return None if node.op_type == ATTENTION else f"{node.domain}.{node.op_type} is none of its operators"
+    if node.domain == PLUGIN_DOMAIN:
+        return None if node.op_type in (WHOLE, SPLIT, MERGE) else f"there is no plugin {node.op_type}"
     types = _TYPES.get(node.op_type) if node.domain == "" else None
     if types is None:
         return f"{node.domain or 'ONNX'}.{node.op_type} is not read"

@@ -12,6 +12,9 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from blipstream.errors import EngineError
+from blipstream_export.lowering.operators import put_in_place
+from blipstream_export.lowering.plugin_reference import expand_plugin
+from blipstream_export.lowering.plugins import PLUGIN_DOMAIN
 from blipstream_export.lowering.tensorrt import ATTENTION, DOMAIN
 
 _KNOWN = {"TRT_decomposable"}
@@ -19,7 +22,7 @@ _KNOWN = {"TRT_decomposable"}
 
 
 def standard_form(model: ir.Model) -> None:
-    """Replace every node of TensorRT's domain by nodes of ONNX's own.
+    """Replace every node of TensorRT's domain, and every plugin of Blipstream's, by nodes of ONNX's own.
 
     Raises:
         EngineError: a node, or an input or attribute of one, whose meaning is not written here.
@@ -27,7 +30,12 @@ def standard_form(model: ir.Model) -> None:
     for node in list(model.graph):
         if node.domain == DOMAIN:
             _replace(model.graph, node)
-    model.opset_imports.pop(DOMAIN, None)
+        elif node.domain == PLUGIN_DOMAIN:
+            steps = tape.Tape()
+            results = expand_plugin(steps, node)
+            put_in_place(model.graph, node, steps.nodes, results)
+    for domain in (DOMAIN, PLUGIN_DOMAIN):
+        model.opset_imports.pop(domain, None)
 
 
 def write_standard_form(source: Path, target: Path) -> Path:
@@ -51,12 +59,7 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
     assert key is not None
     assert value is not None
     attended = _attention(steps, query, key, value, rest[0] if rest else None)
-    graph.insert_before(node, steps.nodes)
-    output = node.outputs[0]
-    attended.shape, attended.type, attended.name = output.shape, output.type, output.name
-    output.name = None
-    ir.convenience.replace_all_uses_with(output, attended, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    put_in_place(graph, node, steps.nodes, [attended])
 
 
 def _attention(steps: tape.Tape, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None) -> ir.Value:

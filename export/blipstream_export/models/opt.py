@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blipstream.contract import DECODER_FILE, DecoderSection
+from blipstream.contract import DECODER_FILE
 from blipstream.errors import UnsupportedCheckpointError
+from blipstream.manifest import DecoderSection
 from blipstream_export.graphs import Graph, decoder_inputs
 from blipstream_export.models.causal import CausalDecoder
 from blipstream_export.models.layers import (

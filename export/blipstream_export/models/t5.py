@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blipstream.contract import DECODER_FILE, ENCODER_FILE, DecoderSection, EncoderSection
+from blipstream.contract import DECODER_FILE, ENCODER_FILE
 from blipstream.errors import CheckpointError
+from blipstream.manifest import DecoderSection, EncoderSection
 from blipstream_export.graphs import Graph, encoder_inputs, stepping_decoder_inputs
 from blipstream_export.models.layers import (
     RMSNorm,

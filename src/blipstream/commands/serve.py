@@ -35,6 +35,9 @@ def serve(
     cache_bytes: Annotated[
         int, typer.Option(help="Bytes of image features that are kept; 0 keeps none.")
     ] = _DEFAULTS.cache_bytes,
+    prefix_bytes: Annotated[
+        int, typer.Option(help="Bytes of images' keys and values that the decoder keeps; 0 keeps none.")
+    ] = _DEFAULTS.prefix_bytes,
     max_image_bytes: Annotated[int, typer.Option(help="Bytes of an image at most.")] = _DEFAULTS.max_image_bytes,
     max_image_pixels: Annotated[int, typer.Option(help="Pixels of an image at most.")] = _DEFAULTS.max_image_pixels,
     stop_grace: Annotated[
@@ -52,6 +55,7 @@ def serve(
             queue_size=queue_size,
             request_timeout=request_timeout,
             cache_bytes=cache_bytes,
+            prefix_bytes=prefix_bytes,
             max_image_bytes=max_image_bytes,
             max_image_pixels=max_image_pixels,
             stop_grace=stop_grace,

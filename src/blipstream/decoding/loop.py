@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from blipstream.decoding.generation import Generation, GenerationLimits
+from blipstream.decoding.logits import Logits
 from blipstream.decoding.observer import GuardedObserver, LoopObserver, StepReport
 from blipstream.decoding.request import Decoder, GenerationRequest
 from blipstream.decoding.sampler import choose_tokens
@@ -276,9 +276,7 @@ class DecodeLoop:
         report.decode_seconds += self._clock() - started
         self._postprocess(running, logits, report)
 
-    def _postprocess(
-        self, generations: Sequence[Generation], logits: npt.NDArray[np.float32], report: StepReport
-    ) -> None:
+    def _postprocess(self, generations: Sequence[Generation], logits: Logits, report: StepReport) -> None:
         """Choose the next token of each sequence from its logits (B, V), and let go of the sequences that end."""
         choices = choose_tokens(logits, [generation.chooser for generation in generations])
         for generation, choice in zip(generations, choices, strict=True):

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from blipstream.decoding.logits import Logits
 from blipstream.errors import BlipstreamError, InvalidRequestError
 
 MAX_TOP_K = 1 << 20
@@ -220,7 +221,7 @@ class Decoder(Protocol):
         """Width V of the logits."""
         ...
 
-    def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> npt.NDArray[np.float32]:
+    def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> Logits:
         """Fill rows ``first_row ..`` with the prompts; return the logits (B, V) of the first token behind each.
 
         Raises:
@@ -228,7 +229,7 @@ class Decoder(Protocol):
         """
         ...
 
-    def decode(self, token_ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def decode(self, token_ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Logits:
         """Append token ``token_ids[i]`` to row i, which holds ``lengths[i]`` tokens; return the logits (n, V).
 
         Raises:

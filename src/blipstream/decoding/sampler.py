@@ -15,13 +15,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from blipstream.decoding.logits import Ids, Logits, Scores, reduced
 from blipstream.decoding.request import SamplingParams
 from blipstream.errors import BlipstreamError, EngineError, InvalidRequestError
-
-Scores = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -79,15 +76,19 @@ class TokenChooser:
     def _bans_eos(self) -> bool:
         return len(self._history) - self._num_prompt_ids < self._params.min_tokens
 
-    def choose(self, logits: Scores, argmax: int) -> Choice:
-        """Choose the next token from its logits (V,), which are finite, and take it into the sequence's past.
+    def choose(self, logits: Logits, row: int, argmax: int) -> Choice:
+        """Choose the next token from a row of the logits (B, V), which is finite, and take it into the sequence's past.
 
         Raises:
             InvalidRequestError: penalties and bans leave no token that could be chosen.
         """
-        token = argmax if self.takes_argmax else self._pick(logits)
+        if self.takes_argmax and not self._params.log_probs:  # a row that lies on a device stays there
+            self.take(argmax)
+            return Choice(argmax, None)
+        scores = logits[row]
+        token = argmax if self.takes_argmax else self._pick(scores)
         self.take(token)
-        return Choice(token, _log_prob(logits, token) if self._params.log_probs else None)
+        return Choice(token, _log_prob(scores, token) if self._params.log_probs else None)
 
     def take(self, token: int) -> None:
         """Take a token into the sequence's past."""
@@ -123,20 +124,20 @@ class TokenChooser:
         return int(ids[cumulative.searchsorted(self._rng.random() * cumulative[-1], side="right")])
 
 
-def choose_tokens(logits: Scores, choosers: Sequence[TokenChooser]) -> list[Choice | BlipstreamError]:
+def choose_tokens(logits: Logits, choosers: Sequence[TokenChooser]) -> list[Choice | BlipstreamError]:
     """Choose the next token of each sequence from its row of the logits (B, V).
 
     A row with NaN or infinite logits, or one whose request leaves no token to choose, yields its error in place of a
     choice; the other rows are not affected.
     """
-    argmax: list[int] = logits.argmax(axis=1).tolist()  # the first of equal logits, as torch does
     choices: list[Choice | BlipstreamError] = []
-    with np.errstate(over="ignore", invalid="ignore"):  # an extreme penalty may overflow; what comes of it is checked
-        for chooser, row, best, finite in zip(choosers, logits, argmax, _finite_rows(logits), strict=True):
+    with np.errstate(over="ignore", invalid="ignore"):  # a sum or a penalty may overflow; what comes of it is checked
+        argmax, sums = reduced(logits)  # the first of equal logits, as torch does
+        for row, (chooser, best, total) in enumerate(zip(choosers, argmax.tolist(), sums.tolist(), strict=True)):
             try:
-                if not finite:
+                if not _is_finite(logits, row, total):
                     raise EngineError("the language model computed logits that are not finite numbers")
-                choices.append(chooser.choose(row, best))
+                choices.append(chooser.choose(logits, row, best))
             except BlipstreamError as error:
                 choices.append(error)
     return choices
@@ -197,11 +198,10 @@ def _log_prob(logits: Scores, token: int) -> float:
     return float(shifted[token] - np.log(np.exp(shifted).sum()))
 
 
-def _finite_rows(logits: Scores) -> list[bool]:
-    """Whether each row (V,) of the logits (B, V) holds finite numbers alone.
+def _is_finite(logits: Logits, row: int, total: float) -> bool:
+    """Whether a row (V,) of the logits (B, V), with the sum ``total``, holds finite numbers alone.
 
     A sum is finite only if its terms are, and cheaper than testing each; finite terms may overflow, so where the sum is
     not finite they are looked into.
     """
-    sums: list[float] = logits.sum(axis=1).tolist()
-    return [math.isfinite(total) or bool(np.isfinite(row).all()) for total, row in zip(sums, logits, strict=True)]
+    return math.isfinite(total) or bool(np.isfinite(logits[row]).all())

@@ -7,14 +7,17 @@ of a language model into what the decode loop needs, whatever its kind.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from blipstream.contract import DECODER_FILE, ENCODER_FILE, DecoderSection
+from blipstream.contract import DECODER_FILE, ENCODER_FILE
 from blipstream.engines.base import BoundRun, Engine, TensorInfo
 from blipstream.engines.decoder import CachedDecoder, RowDecoder
 from blipstream.engines.encoder_decoder import EncoderDecoder
+from blipstream.engines.platform import check_platform
 from blipstream.errors import EngineError
+from blipstream.manifest import DecoderSection, Manifest
 
 __all__ = [
     "BoundRun",
@@ -23,20 +26,68 @@ __all__ = [
     "Engine",
     "RowDecoder",
     "TensorInfo",
+    "check_onnxruntime_cuda",
     "create_engine",
     "load_decoder",
+    "needing_tensorrt",
+    "open_engine",
 ]
 
 
 def _onnxruntime(path: Path, threads: int | None) -> Engine:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at its import; the wheel reports to its maker otherwise
+    _silence_onnxruntime()
     from blipstream.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(path, threads=threads)
 
 
+def _onnxruntime_cuda(path: Path, threads: int | None) -> Engine:
+    _silence_onnxruntime()
+    from blipstream.engines.onnxruntime import OnnxRuntimeCudaEngine
+
+    return OnnxRuntimeCudaEngine(path, threads=threads)
+
+
+def check_onnxruntime_cuda() -> None:
+    """See that ``onnxruntime-cuda`` can run here.
+
+    Raises:
+        EngineError: there is no GPU, or the installed ONNX Runtime knows none.
+    """
+    _silence_onnxruntime()
+    from blipstream.engines.onnxruntime import load_cuda
+
+    load_cuda()
+
+
+def _silence_onnxruntime() -> None:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at its import; the wheel reports to its maker otherwise
+
+
+def _tensorrt(path: Path, threads: int | None) -> Engine:
+    del threads  # nothing of it runs on the CPU
+    with needing_tensorrt():
+        from blipstream.engines.tensorrt import TensorRTEngine
+    return TensorRTEngine(path)
+
+
+@contextmanager
+def needing_tensorrt() -> Iterator[None]:
+    """Say what to install where something of TensorRT's extra is imported and missing.
+
+    Raises:
+        EngineError: it is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EngineError(f"{error.name} is not installed: `pip install 'blipstream[tensorrt]'` brings it") from None
+
+
 _ENGINES: dict[str, Callable[[Path, int | None], Engine]] = {
     "onnxruntime": _onnxruntime,
+    "onnxruntime-cuda": _onnxruntime_cuda,
+    "tensorrt": _tensorrt,
 }
 
 
@@ -56,16 +107,44 @@ def create_engine(name: str, path: Path, *, threads: int | None = None) -> Engin
     return _ENGINES[name](path, threads)
 
 
-def load_decoder(sizes: DecoderSection, load: Callable[[str], Engine]) -> RowDecoder:
+def open_engine(manifest: Manifest, folder: Path, graph: str, *, threads: int | None = None) -> Engine:
+    """Load a graph of a bundle with the bundle's engine.
+
+    Args:
+        manifest: the bundle's.
+        folder: version folder of the graph's model.
+        graph: name of its file in a bundle for ONNX Runtime.
+        threads: as of :func:`create_engine`.
+
+    Raises:
+        EngineError: the graph is missing, cannot be loaded, or was built for another GPU or another TensorRT.
+    """
+    if manifest.plans is not None:
+        check_platform(manifest.plans, *_tensorrt_here())
+    return create_engine(manifest.engine, folder / manifest.graph_file(graph), threads=threads)
+
+
+def _tensorrt_here() -> tuple[str, str, str]:
+    """TensorRT's version, the GPU's name and its compute capability."""
+    with needing_tensorrt():
+        import tensorrt
+
+        from blipstream.engines import cuda
+    cuda.check_device()
+    return tensorrt.__version__, cuda.device_name(), cuda.compute_capability()
+
+
+def load_decoder(sizes: DecoderSection, load: Callable[[str], Engine], prefix_bytes: int = 0) -> RowDecoder:
     """The language model of a bundle, with its cache.
 
     Args:
         sizes: the manifest's section.
         load: loads one of its graphs, by the name of its file.
+        prefix_bytes: budget of the prefixes that a decoder-only model keeps.
 
     Raises:
         EngineError: a graph is missing, cannot be loaded, or is not one of such a model.
     """
     if sizes.encoder is None:
-        return CachedDecoder(load(DECODER_FILE), sizes)
+        return CachedDecoder(load(DECODER_FILE), sizes, prefix_bytes)
     return EncoderDecoder(load(ENCODER_FILE), load(DECODER_FILE), sizes)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from blipstream.engines.cache import KVCache
+from blipstream.engines.cache import CacheShape, HostKVCache, KVCache
+from blipstream.engines.memory import Array, DeviceArray, Tensor
 from blipstream.errors import EngineError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,11 @@ class Engine(ABC):
         self._check("input", self.inputs, inputs)
         return self._run(inputs)
 
-    def bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundRun:
-        """Prepare a run that reads and writes the given C-contiguous arrays in place, without copies.
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> BoundRun:
+        """Prepare a run that reads and writes the given C-contiguous arrays in place, each time that it is run.
 
-        An output may share its memory with an input where the graph allows it, as the KV cache of a decoder does.
+        An output may share its memory with an input where the graph allows it, as the KV cache of a decoder does. An
+        engine of a device reads and writes its device's arrays without copies, and arrays of the host by one copy each.
 
         Raises:
             EngineError: an array is missing, unknown, not contiguous, or of another type or rank.
@@ -72,32 +72,45 @@ class Engine(ABC):
         self._check("input", self.inputs, inputs)
         self._check("output", self.outputs, outputs)
         for name, array in (*inputs.items(), *outputs.items()):
-            if not array.flags.c_contiguous:
+            if isinstance(array, np.ndarray) and not array.flags.c_contiguous:
                 raise EngineError(f"{self.name}: the array bound to {name} must be C-contiguous, but it is not")
         return self._bind(inputs, outputs)
 
-    def allocate_cache(
-        self, name: str, *, num_layers: int, num_rows: int, num_heads: int, max_tokens: int, head_dim: int
-    ) -> KVCache:
-        """Allocate a KV cache in the memory that this engine computes in: the host's, unless an engine overrides it.
+    def allocate(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Tensor:
+        """An array in the memory that this engine computes in; its contents are undefined."""
+        return np.empty(shape, dtype)
+
+    def allocate_host(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:
+        """An array of zeros in the host's memory, where this engine reads and writes it fastest."""
+        return np.zeros(shape, dtype)
+
+    def copy_to_host(self, source: Tensor, target: Array) -> None:
+        """Copy what a run has written, wherever it lies, into an array of its shape and type."""
+        assert not isinstance(source, DeviceArray)  # an engine of a device knows how
+        np.copyto(target, source)
+
+    def allocate_cache(self, name: str, shape: CacheShape) -> KVCache:
+        """Allocate a KV cache in the memory that this engine computes in.
 
         Args:
             name: of one of the inputs that read the cache; the cache has its type.
-            num_layers: with a key and a value tensor each.
-            num_rows: S of :class:`KVCache`.
-            num_heads: H.
-            max_tokens: T.
-            head_dim: D.
+            shape: its sizes.
         """
+        return self._make_cache(shape, self._dtype(name))
+
+    def _make_cache(self, shape: CacheShape, dtype: np.dtype[Any]) -> KVCache:
+        return HostKVCache(shape, dtype)
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        """Type of an input; of one that is missing, for which the graph is refused elsewhere, float32."""
         types = {info.name: info.dtype for info in self.inputs}
-        dtype = types.get(name, np.dtype(np.float32))  # a graph that lacks it is refused when its tensors are checked
-        return KVCache(num_layers, num_rows, num_heads, max_tokens, head_dim, dtype)
+        return types.get(name, np.dtype(np.float32))
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
 
     @abstractmethod
-    def _bind(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> BoundRun: ...
+    def _bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> BoundRun: ...
 
     @abstractmethod
     def close(self) -> None:
@@ -109,7 +122,7 @@ class Engine(ABC):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _check(self, kind: str, declared: tuple[TensorInfo, ...], given: Mapping[str, Array]) -> None:
+    def _check(self, kind: str, declared: tuple[TensorInfo, ...], given: Mapping[str, Tensor]) -> None:
         if len(given) != len(declared) or any(info.name not in given for info in declared):
             expected = ", ".join(info.name for info in declared)
             raise EngineError(

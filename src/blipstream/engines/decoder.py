@@ -8,16 +8,20 @@ sequences for a prefill. Nothing is gathered and nothing is copied.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from blipstream.contract import DECODER_IO, DecoderSection
+from blipstream.contract import DECODER_IO
+from blipstream.decoding.logits import DeviceLogits, Logits
 from blipstream.decoding.request import Prompt
-from blipstream.engines.base import Array, BoundRun, Engine, TensorInfo
-from blipstream.engines.cache import KVCache
+from blipstream.engines.base import BoundRun, Engine, TensorInfo
+from blipstream.engines.cache import CacheShape, HostKVCache, KVCache
+from blipstream.engines.memory import Array, Tensor, rows_of
+from blipstream.engines.prefix import PrefixCache
 from blipstream.errors import EngineError
+from blipstream.manifest import DecoderSection
 
 
 class RowDecoder(ABC):
@@ -33,15 +37,13 @@ class RowDecoder(ABC):
     def __init__(self, engine: Engine, sizes: DecoderSection) -> None:
         self._engine = engine
         self._sizes = sizes
+        heads, tokens = sizes.num_key_value_heads, sizes.max_tokens
         self._cache = engine.allocate_cache(
             DECODER_IO.cache_inputs(sizes.num_layers)[0],
-            num_layers=sizes.num_layers,
-            num_rows=sizes.max_sequences,
-            num_heads=sizes.num_key_value_heads,
-            max_tokens=sizes.max_tokens,
-            head_dim=sizes.head_dim,
+            CacheShape(sizes.num_layers, sizes.max_sequences, heads, tokens, sizes.head_dim),
         )
-        self._step = StepBuffers(sizes)
+        self._step = StepBuffers(sizes, engine.allocate_host)
+        self._logits = LogitsBuffer(engine, sizes)
         self._steps: dict[int, BoundRun] = {}
 
     @property
@@ -70,27 +72,29 @@ class RowDecoder(ABC):
         return self._sizes.vocab_size
 
     @abstractmethod
-    def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> npt.NDArray[np.float32]:
+    def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> Logits:
         """Fill rows ``first_row ..`` with the prompts, all at once; return the logits (B, V) that follow each.
+
+        They lie in the decoder's own buffer: the next call overwrites them.
 
         Raises:
             EngineError: a graph failed; the rows' contents are undefined.
         """
 
-    def decode(self, token_ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def decode(self, token_ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> Logits:
         """Append token ``token_ids[i]`` to row i, which holds ``lengths[i]`` tokens; return the logits (n, V).
 
-        The logits are a view of the decoder's own buffer: the next call overwrites them.
+        They lie in the decoder's own buffer: the next call overwrites them.
 
         Raises:
             EngineError: the graph failed; the rows' contents are undefined.
         """
         count = len(token_ids)
         if count not in self._steps:  # binding the cache costs more than the rest of a step's preparation: once each n
-            self._steps[count] = self._bind(self._step_inputs(0, count), self._step.logits[:count], 0)
+            self._steps[count] = self._bind(self._step_inputs(0, count), 0, count)
         self._fill_step(0, token_ids, lengths)
         self._steps[count].run()
-        return self._step.logits[:count]
+        return self._logits.read(0, count)
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy row ``source``, which holds ``length`` tokens, over row ``target``."""
@@ -100,6 +104,10 @@ class RowDecoder(ABC):
         """Release the engine and the cache's bindings."""
         self._steps.clear()
         self._engine.close()
+
+    def prefix_gauges(self) -> dict[str, float]:
+        """Values of the prefix cache's metrics: none where there is no such cache."""
+        return {}
 
     @abstractmethod
     def _step_inputs(self, first_row: int, count: int) -> dict[str, Array]:
@@ -114,18 +122,19 @@ class RowDecoder(ABC):
         num_layers = self._sizes.num_layers
         return [(self._cache, DECODER_IO.cache_inputs(num_layers), DECODER_IO.cache_outputs(num_layers))]
 
-    def _bind(self, inputs: dict[str, Array], logits: npt.NDArray[np.float32], first_row: int) -> BoundRun:
-        outputs: dict[str, Array] = {DECODER_IO.logits: logits}
-        inputs = dict(inputs)
+    def _bind(self, inputs: dict[str, Array], first_row: int, count: int) -> BoundRun:
+        """A run of ``count`` rows from ``first_row`` on, whose logits :meth:`LogitsBuffer.read` gives."""
+        bound: dict[str, Tensor] = dict(inputs)
+        outputs = self._logits.outputs(first_row, count)
         for cache, input_names, output_names in self._caches():
-            rows = cache.rows(first_row, len(logits))
-            inputs |= dict(zip(input_names, rows, strict=True))
+            rows = cache.rows(first_row, count)
+            bound |= dict(zip(input_names, rows, strict=True))
             outputs |= dict(zip(output_names, rows, strict=True))
-        return self._engine.bind(_declared(inputs, self._engine.inputs), _declared(outputs, self._engine.outputs))
+        return self._engine.bind(_declared(bound, self._engine.inputs), _declared(outputs, self._engine.outputs))
 
     def _check_graph(self) -> None:
         """Raise unless the graph has the inputs and outputs of such a decoder."""
-        wanted = {*self._step_inputs(0, 1), DECODER_IO.logits}
+        wanted = {*self._step_inputs(0, 1), *self._logits.outputs(0, 1)}
         for _, input_names, output_names in self._caches():
             wanted.update(input_names, output_names)
         optional = DECODER_IO.optional(self._sizes.num_layers)
@@ -135,22 +144,55 @@ class RowDecoder(ABC):
 class CachedDecoder(RowDecoder):
     """A decoder-only language model: the :class:`~blipstream.decoding.request.Decoder` of most bundles.
 
+    Args:
+        engine: the decoder's graph.
+        sizes: the model's sizes and the cache's capacity, from the manifest.
+        prefix_bytes: budget of the prefixes that are kept (:mod:`blipstream.engines.prefix`).
+
     Raises:
         EngineError: the graph's inputs or outputs are not those of a decoder with these sizes.
     """
 
-    def __init__(self, engine: Engine, sizes: DecoderSection) -> None:
+    def __init__(self, engine: Engine, sizes: DecoderSection, prefix_bytes: int = 0) -> None:
         super().__init__(engine, sizes)
-        self._last_index = np.zeros(sizes.max_sequences, np.int64)  # a step has one token a row: its index is always 0
-        self._soft_tokens = np.zeros((1, sizes.hidden_size), np.float32)  # the graph wants a row; none is looked up
+        # On a GPU a prefill reads the weights anyway, and a few more tokens cost next to nothing.
+        self._prefixes: PrefixCache | None = None
+        if prefix_bytes and isinstance(self._cache, HostKVCache):
+            self._prefixes = PrefixCache(self._cache, prefix_bytes)
+        # A step has one token a row, so that its index is always 0; and of the soft tokens, of which the graph wants a
+        # row, it looks up none.
+        self._last_index = engine.allocate_host((sizes.max_sequences,), np.int64)
+        self._soft_tokens = engine.allocate_host((1, sizes.hidden_size), np.float32)
         self._check_graph()
 
-    def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> npt.NDArray[np.float32]:
-        """See :meth:`RowDecoder.prefill`."""
-        inputs = prefill_inputs(prompts)
-        logits = np.empty((len(prompts), self.vocab_size), np.float32)
-        self._bind(inputs, logits, first_row).run()
-        return logits
+    def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> Logits:
+        """See :meth:`RowDecoder.prefill`.
+
+        A prompt that comes alone, and whose soft tokens are known, goes on behind them. Prompts that come together are
+        filled in together: the graph continues one row at a time, and would read all weights for each.
+        """
+        known = len(prompts) == 1 and self._prefixes is not None and self._prefixes.restore(first_row, prompts[0])
+        inputs = self._continuation(prompts[0]) if known else prefill_inputs(prompts)
+        self._bind(inputs, first_row, len(prompts)).run()
+        if self._prefixes is not None and not known:
+            self._prefixes.keep(first_row, prompts)
+        return self._logits.read(first_row, len(prompts))
+
+    def prefix_gauges(self) -> dict[str, float]:
+        """See :meth:`RowDecoder.prefix_gauges`."""
+        return {} if self._prefixes is None else self._prefixes.gauges()
+
+    def _continuation(self, prompt: Prompt) -> dict[str, Array]:
+        """Inputs of a run that appends a prompt's text to a row that holds its soft tokens."""
+        start, count = len(prompt.soft_tokens), len(prompt.token_ids)
+        return {
+            DECODER_IO.input_ids: np.array([prompt.token_ids], np.int64),
+            DECODER_IO.soft_tokens: self._soft_tokens,
+            DECODER_IO.position_ids: np.arange(start, start + count, dtype=np.int64)[None],
+            DECODER_IO.last_index: np.array([count - 1], np.int64),
+            DECODER_IO.seqlens_k: np.array([start + count - 1], np.int32),
+            DECODER_IO.total_sequence_length: np.array(start + count, np.int32),
+        }
 
     def _step_inputs(self, first_row: int, count: int) -> dict[str, Array]:
         return self._step.inputs(first_row, count) | {
@@ -160,15 +202,14 @@ class CachedDecoder(RowDecoder):
 
 
 class StepBuffers:
-    """The small inputs and the logits of a decode step, allocated once for all rows and reused at every step."""
+    """The small inputs of a decode step, allocated once for all rows and reused at every step."""
 
-    def __init__(self, sizes: DecoderSection) -> None:
+    def __init__(self, sizes: DecoderSection, allocate: Callable[[Sequence[int], npt.DTypeLike], Array]) -> None:
         rows = sizes.max_sequences
-        self.input_ids = np.zeros((rows, 1), np.int64)
-        self.position_ids = np.zeros((rows, 1), np.int64)
-        self.seqlens_k = np.zeros(rows, np.int32)
-        self.total_sequence_length = np.zeros((), np.int32)
-        self.logits = np.empty((rows, sizes.vocab_size), np.float32)
+        self.input_ids = allocate((rows, 1), np.int64)
+        self.position_ids = allocate((rows, 1), np.int64)
+        self.seqlens_k = allocate((rows,), np.int32)
+        self.total_sequence_length = allocate((), np.int32)
 
     def inputs(self, first_row: int, count: int) -> dict[str, Array]:
         """Views of rows ``first_row .. first_row + count - 1``, by the graph's names."""
@@ -187,6 +228,44 @@ class StepBuffers:
         self.position_ids[rows, 0] = lengths
         self.seqlens_k[rows] = lengths
         self.total_sequence_length[...] = lengths.max() + 1
+
+
+class LogitsBuffer:
+    """The logits of all rows: in the host's memory, or on the device, if the graph says there what is wanted of them.
+
+    Args:
+        engine: the decoder's graph.
+        sizes: the model's sizes and the cache's capacity.
+    """
+
+    def __init__(self, engine: Engine, sizes: DecoderSection) -> None:
+        shape = (sizes.max_sequences, sizes.vocab_size)
+        self._engine = engine
+        self._host = engine.allocate_host(shape, np.float32)
+        self._buffers: dict[str, Tensor] = {DECODER_IO.logits: self._host}
+        self._reduced = any(info.name == DECODER_IO.argmax for info in engine.outputs)
+        if self._reduced:
+            self._argmax = engine.allocate_host(shape[:1], np.int64)
+            self._sums = engine.allocate_host(shape[:1], np.float32)
+            self._buffers[DECODER_IO.logits] = engine.allocate(shape, np.float32)
+            self._buffers |= {DECODER_IO.argmax: self._argmax, DECODER_IO.sums: self._sums}
+
+    def outputs(self, first_row: int, count: int) -> dict[str, Tensor]:
+        """What a run of these rows writes, by the graph's names."""
+        return {name: rows_of(buffer, first_row, count) for name, buffer in self._buffers.items()}
+
+    def read(self, first_row: int, count: int) -> Logits:
+        """What a run of these rows has written; the next run overwrites it."""
+        rows = slice(first_row, first_row + count)
+        if not self._reduced:
+            logits: npt.NDArray[np.float32] = self._host[rows]
+            return logits
+        return DeviceLogits(self._argmax[rows], self._sums[rows], lambda row: self._fetch(first_row + row))
+
+    def _fetch(self, row: int) -> npt.NDArray[np.float32]:
+        target: npt.NDArray[np.float32] = self._host[row]
+        self._engine.copy_to_host(rows_of(self._buffers[DECODER_IO.logits], row, 1), target[None])
+        return target
 
 
 def prefill_inputs(prompts: Sequence[Prompt]) -> dict[str, Array]:
@@ -221,7 +300,7 @@ def pack_prompts(
     return input_ids, np.concatenate([prompt.soft_tokens for prompt in prompts], dtype=np.float32), lengths
 
 
-def _declared(tensors: dict[str, Array], infos: tuple[TensorInfo, ...]) -> dict[str, Array]:
+def _declared(tensors: dict[str, Tensor], infos: tuple[TensorInfo, ...]) -> dict[str, Tensor]:
     """Those that the graph has: an engine may do without some (:meth:`~blipstream.contract.DecoderIO.optional`)."""
     return {info.name: tensors[info.name] for info in infos if info.name in tensors}
 

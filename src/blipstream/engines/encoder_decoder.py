@@ -12,12 +12,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from blipstream.contract import DECODER_IO, ENCODER_IO, DecoderSection
+from blipstream.contract import DECODER_IO, ENCODER_IO
+from blipstream.decoding.logits import Logits
 from blipstream.decoding.request import Prompt
-from blipstream.engines.base import Array, Engine
-from blipstream.engines.cache import KVCache
+from blipstream.engines.base import Engine
+from blipstream.engines.cache import CacheShape, KVCache
 from blipstream.engines.decoder import RowDecoder, check_tensors, pack_prompts
+from blipstream.engines.memory import Array, Tensor
 from blipstream.errors import EngineError
+from blipstream.manifest import DecoderSection
 
 
 class EncoderDecoder(RowDecoder):
@@ -40,30 +43,24 @@ class EncoderDecoder(RowDecoder):
         super().__init__(decoder, sizes)
         self._encoder = encoder
         self._start_token_id = sizes.encoder.decoder_start_token_id
-        self._cross_cache = decoder.allocate_cache(
-            DECODER_IO.cross_inputs(sizes.num_layers)[0],
-            num_layers=sizes.num_layers,
-            num_rows=sizes.max_sequences,
-            num_heads=sizes.encoder.num_heads,
-            max_tokens=sizes.encoder.max_tokens,
-            head_dim=sizes.encoder.head_dim,
-        )
-        self._cross_seqlens_k = np.zeros(sizes.max_sequences, np.int32)
-        self._cross_total_sequence_length = np.zeros((), np.int32)
+        heads, tokens = sizes.encoder.num_heads, sizes.encoder.max_tokens
+        self._cross_shape = CacheShape(sizes.num_layers, sizes.max_sequences, heads, tokens, sizes.encoder.head_dim)
+        self._cross_cache = decoder.allocate_cache(DECODER_IO.cross_inputs(sizes.num_layers)[0], self._cross_shape)
+        self._cross_seqlens_k = decoder.allocate_host((sizes.max_sequences,), np.int32)
+        self._cross_total_sequence_length = decoder.allocate_host((), np.int32)
         self._encoder_outputs = ENCODER_IO.outputs(sizes.num_layers)
         self._check_graph()
         wanted = {ENCODER_IO.input_ids, ENCODER_IO.soft_tokens, ENCODER_IO.lengths, *self._encoder_outputs}
         check_tensors(encoder, wanted, f"an encoder for a decoder of {sizes.num_layers} layers")
 
-    def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> npt.NDArray[np.float32]:
-        """See :meth:`RowDecoder.prefill`. The logits are a view: the next call overwrites them."""
+    def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> Logits:
+        """See :meth:`RowDecoder.prefill`."""
         self._encode(first_row, prompts)
         count = len(prompts)
-        logits = self._step.logits[first_row : first_row + count]
-        step = self._bind(self._step_inputs(first_row, count), logits, first_row)
+        step = self._bind(self._step_inputs(first_row, count), first_row, count)
         self._fill_step(first_row, np.full(count, self._start_token_id, np.int64), np.zeros(count, np.int64))
         step.run()
-        return logits
+        return self._logits.read(first_row, count)
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy row ``source``, which holds ``length`` tokens, and its prompt over row ``target``."""
@@ -79,16 +76,21 @@ class EncoderDecoder(RowDecoder):
     def _encode(self, first_row: int, prompts: Sequence[Prompt]) -> None:
         """Fill rows of the cross-attention's cache with what the encoder makes of the prompts."""
         input_ids, soft_tokens, lengths = pack_prompts(prompts)
-        encoded = self._encoder.run(
-            {
-                ENCODER_IO.input_ids: input_ids,
-                ENCODER_IO.soft_tokens: soft_tokens,
-                ENCODER_IO.lengths: lengths.astype(np.int32),
-            }
-        )
-        for name, rows in zip(self._encoder_outputs, self._cross_cache.rows(first_row, len(prompts)), strict=True):
-            rows[:, :, : input_ids.shape[1]] = encoded[name]  # (B, H, S, D_head)
+        inputs: dict[str, Tensor] = {
+            ENCODER_IO.input_ids: input_ids,
+            ENCODER_IO.soft_tokens: soft_tokens,
+            ENCODER_IO.lengths: lengths.astype(np.int32),
+        }
+        outputs = self._allocate_outputs(*input_ids.shape)
+        self._encoder.bind(inputs, outputs).run()
+        self._cross_cache.write(first_row, [outputs[name] for name in self._encoder_outputs])
         self._cross_seqlens_k[first_row : first_row + len(prompts)] = lengths - 1
+
+    def _allocate_outputs(self, batch: int, length: int) -> dict[str, Tensor]:
+        """Memory for the encoder's outputs (B, H, S, D)."""
+        types = {info.name: info.dtype for info in self._encoder.outputs}
+        shape = (batch, self._cross_shape.num_heads, length, self._cross_shape.head_dim)
+        return {name: self._encoder.allocate(shape, types[name]) for name in self._encoder_outputs}
 
     def _step_inputs(self, first_row: int, count: int) -> dict[str, Array]:
         return self._step.inputs(first_row, count) | {

@@ -30,7 +30,7 @@ class DecoderModel:
         folder = ModelFolder(args)
         manifest, config = folder.manifest, folder.config
         tokenizer = Tokenizer.load(folder.path / TOKENIZER_FILE)
-        self._decoder = load_decoder(manifest.decoder, folder.load_engine)
+        self._decoder = load_decoder(manifest.decoder, folder.load_engine, config.prefix_bytes)
         limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
         limit_pillow(limits)
         capacity = manifest.decoder.max_sequences
@@ -54,7 +54,7 @@ class DecoderModel:
             config,
             capacity,
         )
-        self._publisher = MetricsPublisher(self._service.metrics, self._service.gauges, triton_family, folder.labels)
+        self._publisher = MetricsPublisher(self._service.metrics, self._gauges, triton_family, folder.labels)
         self._service.start()
         self._publisher.start()
         self._grace = config.stop_grace
@@ -75,6 +75,9 @@ class DecoderModel:
         self._service.close(self._grace)
         self._publisher.close()
         self._decoder.close()
+
+    def _gauges(self) -> dict[str, float]:
+        return {**self._service.gauges(), **self._decoder.prefix_gauges()}
 
     def _watch_lifeline(self) -> None:
         """Stop with the launcher: Triton unloads a decoupled model only when all its requests are answered."""

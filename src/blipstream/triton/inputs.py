@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from blipstream.config import ServerConfig
-from blipstream.contract import BLIP2_INPUTS, Manifest
+from blipstream.contract import BLIP2_INPUTS
 from blipstream.decoding.request import SamplingParams
 from blipstream.errors import InvalidRequestError
 from blipstream.instructions import InstructionEncoder
+from blipstream.manifest import Manifest
 from blipstream.preprocess import ImageLimits, resolve_image
 
 Array = npt.NDArray[Any]

@@ -4,11 +4,11 @@
 *stub* (the program that embeds a Python interpreter and runs one model) for each version of CPython. The server wants a
 backend folder that holds the backend and the right stub; :meth:`Installation.make_backends` makes one of links.
 
-The same bundle is a model repository for any Triton with the Python backend, NVIDIA's container among them: there,
-``tritonserver --model-repository BUNDLE`` serves it once ``pip install 'blipstream[server]'`` was run for the
-interpreter that its stub embeds. What this package does beyond that is to find the server, to bound its threads and to
-clean up after it. The pip-installed server is older than Triton's security fixes of 2025; therefore it is bound to the
-loopback address, and serving a network is the container's part.
+The same bundle is a model repository for any Triton with the Python backend, NVIDIA's container among them
+(:mod:`blipstream.triton.container`), once ``pip install 'blipstream[models]'`` was run for the interpreter that its
+stub embeds. What this package does beyond that is to find the server, to bound its threads and to clean up after it.
+The pip-installed server is older than Triton's security fixes of 2025; therefore it is bound to the loopback address,
+and serving a network is the container's part.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -28,12 +28,16 @@ COUNTERS = {
     "feature_cache_misses_total": "Images of requests whose soft tokens had to be computed",
     "feature_cache_embeds_hits_total": "Misses for which the Q-Former alone ran, since the ViT had read the image for "
     "another instruction or was reading it",
+    "prefix_cache_hits_total": "Prompts whose soft tokens the decoder had read before, so that it read the text alone",
     "generated_tokens_total": "Tokens generated",
     "prompt_tokens_total": "Prompt tokens prefilled, soft tokens included",
     "decode_steps_total": "Iterations of the decode loop",
+    "prefill_seconds_total": "Seconds in which the decoder's engine read prompts",
+    "decode_seconds_total": "Seconds in which the decoder's engine appended tokens",
 }
 GAUGES = {
     "feature_cache_bytes": "Bytes of image features in the cache",
+    "prefix_cache_bytes": "Bytes of images' keys and values that the decoder keeps",
     "running_sequences": "Sequences that hold a slot",
     "waiting_requests": "Requests that wait for image features or for a slot",
     "tokens_per_second": "Tokens generated a second, over the last seconds",
@@ -50,7 +54,7 @@ class ServingMetrics(LoopObserver):
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
+        self._counts: defaultdict[str, float] = defaultdict(float)
         self._observations: dict[str, list[float]] = {name: [] for name in HISTOGRAMS}
         self._outcomes: Counter[str] = Counter()
 
@@ -60,6 +64,8 @@ class ServingMetrics(LoopObserver):
             self._counts["generated_tokens_total"] += report.generated_tokens
             self._counts["prompt_tokens_total"] += report.prefill_tokens
             self._counts["decode_steps_total"] += 1
+            self._counts["prefill_seconds_total"] += report.prefill_seconds
+            self._counts["decode_seconds_total"] += report.decode_seconds
 
     def on_start(self, queue_seconds: float) -> None:
         """Note how long a request waited for its slot."""
@@ -74,11 +80,11 @@ class ServingMetrics(LoopObserver):
         with self._lock:
             self._outcomes[outcome] += 1
 
-    def take(self) -> tuple[Mapping[str, int], Mapping[str, Sequence[float]], Mapping[str, int]]:
+    def take(self) -> tuple[Mapping[str, float], Mapping[str, Sequence[float]], Mapping[str, int]]:
         """What was counted, observed and ended since the last call."""
         with self._lock:
             taken = (self._counts, self._observations, self._outcomes)
-            self._counts, self._outcomes = Counter(), Counter()
+            self._counts, self._outcomes = defaultdict(float), Counter()
             self._observations = {name: [] for name in HISTOGRAMS}
         return taken
 
@@ -176,7 +182,7 @@ class MetricsPublisher:
                 self._totals[name] = int(value)
             else:
                 self._by_name[name].set(value)
-        rate = self._rate.add(counts.get("generated_tokens_total", 0), time.monotonic())
+        rate = self._rate.add(int(counts.get("generated_tokens_total", 0)), time.monotonic())
         self._by_name["tokens_per_second"].set(rate)
 
     def _family(self, make_family: Callable[[str, str, str], Family], name: str, text: str, kind: str) -> Family:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from blipstream.config import ServerConfig
-from blipstream.contract import Manifest
-from blipstream.engines import Engine, create_engine
+from blipstream.engines import Engine, open_engine
+from blipstream.manifest import Manifest
 
 
 class ModelFolder:
@@ -44,7 +44,7 @@ class ModelFolder:
         Raises:
             EngineError: the graph is missing or cannot be loaded.
         """
-        return create_engine(self.manifest.engine, self.path / file, threads=self.threads)
+        return open_engine(self.manifest, self.path, file, threads=self.threads)
 
 
 def prepare_process(model: str) -> None:

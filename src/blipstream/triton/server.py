@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING
 
 from blipstream.bundle import check_bundle
 from blipstream.config import ServerConfig
+from blipstream.contract import EMBEDDED_CONFIG
 from blipstream.errors import ServerStartError
 from blipstream.triton import guard
 from blipstream.triton.installation import Installation
@@ -189,6 +190,7 @@ class TritonServer:
         return [
             str(installation.binary),
             f"--model-repository={self._bundle}",
+            f"--model-config-name={EMBEDDED_CONFIG}",
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
             *services,

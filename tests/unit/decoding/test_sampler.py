@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blipstream.decoding.logits import DeviceLogits
 from blipstream.decoding.request import SamplingParams
 from blipstream.decoding.sampler import (
     Choice,
@@ -370,3 +371,25 @@ def test_a_request_that_leaves_no_token_fails_alone(params):
     assert isinstance(mine, InvalidRequestError)
     assert str(mine) == "the penalties, bad_words and min_tokens leave no token that can be chosen"
     assert other == Choice(0, None)
+
+
+# --- logits on a device ----------------------------------------------------------------------------------------------
+
+
+def test_of_logits_on_a_device_only_the_rows_that_somebody_needs_are_fetched():
+    rows = random_logits(6, seed=3)
+    rows[2, 5] = np.nan
+    wishes = [{}, {"temperature": 1.3, "seed": 4}, {}, {"log_probs": True}, {"repetition_penalty": 1.5}, {}]
+    fetched = []
+
+    def fetch(row):
+        fetched.append(row)
+        return rows[row]
+
+    on_device = DeviceLogits(rows.argmax(axis=1), rows.sum(axis=1), fetch)
+    found = choose_tokens(on_device, [chooser_of(**wish) for wish in wishes])
+    assert fetched == [1, 2, 3, 4]
+    assert isinstance(found.pop(2), EngineError)
+    expected = choose_tokens(rows, [chooser_of(**wish) for wish in wishes])
+    del expected[2]
+    assert found == expected

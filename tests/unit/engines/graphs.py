@@ -11,8 +11,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from blipstream.contract import DECODER_IO as IO
-from blipstream.contract import DecoderSection
 from blipstream.decoding.request import Prompt
+from blipstream.manifest import DecoderSection
 
 SIZES = DecoderSection(
     family="opt",

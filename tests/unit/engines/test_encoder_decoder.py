@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blipstream.contract import DECODER_FILE, ENCODER_FILE, DecoderSection
+from blipstream.contract import DECODER_FILE, ENCODER_FILE
 from blipstream.decoding.request import Prompt
 from blipstream.engines import CachedDecoder, EncoderDecoder, Engine, create_engine, load_decoder
 from blipstream.errors import EngineError
+from blipstream.manifest import DecoderSection
 from tests.checkpoints import make_blip2
 from tests.unit.engines.graphs import SIZES, TinyDecoder
 

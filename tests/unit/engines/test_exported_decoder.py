@@ -17,12 +17,12 @@ from blipstream.contract import (
     SOFT_TOKENS,
     TOKENIZER_FILE,
     VISION_ENCODER,
-    Manifest,
 )
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, SamplingParams
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import create_engine, load_decoder
+from blipstream.manifest import Manifest
 from tests.checkpoints import PROMPTS, make_images, save_blip2
 
 torch = pytest.importorskip("torch")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from blipstream.contract import ImageSection
+from blipstream.manifest import ImageSection
 from blipstream.preprocess import ImageTransform, decode_image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

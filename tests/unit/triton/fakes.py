@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from blipstream.contract import (
+from blipstream.errors import BlipstreamError
+from blipstream.manifest import (
     BUNDLE_REVISION,
     DecoderSection,
     GenerationSection,
@@ -21,7 +22,6 @@ from blipstream.contract import (
     QFormerSection,
     VisionSection,
 )
-from blipstream.errors import BlipstreamError
 from blipstream.triton.calls import Answer
 from tests.unit.decoding.fakes import EOS, VOCAB_SIZE
 

@@ -7,8 +7,9 @@ import asyncio
 import numpy as np
 import pytest
 
+from blipstream.arrays import ArrayCache
 from blipstream.errors import EngineError
-from blipstream.features import FeatureCache, Features, FeatureSource, ImageFeatures, SoftTokenSource
+from blipstream.features import Features, FeatureSource, ImageFeatures, SoftTokenSource
 
 
 def features(value: float = 0.0, count: int = 4) -> np.ndarray:
@@ -33,7 +34,7 @@ class Computation:
 
 
 def test_least_recently_used_goes_first() -> None:
-    cache = FeatureCache(max_bytes=48)
+    cache = ArrayCache(max_bytes=48)
     for key in (b"a", b"b", b"c"):
         cache.put(key, features())
     assert cache.get(b"a") is not None
@@ -44,7 +45,7 @@ def test_least_recently_used_goes_first() -> None:
 
 
 def test_a_large_entry_displaces_several() -> None:
-    cache = FeatureCache(max_bytes=48)
+    cache = ArrayCache(max_bytes=48)
     for key in (b"a", b"b", b"c"):
         cache.put(key, features())
     cache.put(b"d", features(count=8))
@@ -53,14 +54,14 @@ def test_a_large_entry_displaces_several() -> None:
 
 
 def test_what_exceeds_the_budget_is_not_kept() -> None:
-    cache = FeatureCache(max_bytes=15)
+    cache = ArrayCache(max_bytes=15)
     cache.put(b"a", features())
     assert cache.get(b"a") is None
     assert cache.num_bytes == 0
 
 
 def test_replacing_an_entry_counts_its_bytes_once() -> None:
-    cache = FeatureCache(max_bytes=48)
+    cache = ArrayCache(max_bytes=48)
     cache.put(b"a", features(1))
     cache.put(b"a", features(2, count=2))
     assert cache.num_bytes == 8
@@ -69,7 +70,7 @@ def test_replacing_an_entry_counts_its_bytes_once() -> None:
 
 
 def test_entries_cannot_be_changed_by_who_uses_them() -> None:
-    cache = FeatureCache(max_bytes=48)
+    cache = ArrayCache(max_bytes=48)
     cache.put(b"a", features())
     entry = cache.get(b"a")
     assert entry is not None
@@ -78,7 +79,7 @@ def test_entries_cannot_be_changed_by_who_uses_them() -> None:
 
 
 async def test_a_second_request_hits() -> None:
-    cache, compute = FeatureCache(1000), Computation()
+    cache, compute = ArrayCache(1000), Computation()
     source = FeatureSource(cache)
     compute.release.set()
     first = await source.get(b"k", compute)
@@ -87,7 +88,7 @@ async def test_a_second_request_hits() -> None:
 
 
 async def test_concurrent_requests_share_one_computation() -> None:
-    source, compute = FeatureSource(FeatureCache(0)), Computation()
+    source, compute = FeatureSource(ArrayCache(0)), Computation()
     waiting = [asyncio.create_task(source.get(b"k", compute)) for _ in range(5)]
     await asyncio.sleep(0)
     compute.release.set()
@@ -98,7 +99,7 @@ async def test_concurrent_requests_share_one_computation() -> None:
 
 
 async def test_the_first_to_ask_may_be_cancelled() -> None:
-    source, compute = FeatureSource(FeatureCache(1000)), Computation()
+    source, compute = FeatureSource(ArrayCache(1000)), Computation()
     leader, follower = (asyncio.create_task(source.get(b"k", compute)) for _ in range(2))
     await asyncio.sleep(0)
     leader.cancel()
@@ -111,7 +112,7 @@ async def test_the_first_to_ask_may_be_cancelled() -> None:
 
 
 async def test_everyone_may_be_cancelled_and_the_result_is_kept() -> None:
-    source, compute = FeatureSource(FeatureCache(1000)), Computation()
+    source, compute = FeatureSource(ArrayCache(1000)), Computation()
     task = asyncio.create_task(source.get(b"k", compute))
     await asyncio.sleep(0)
     task.cancel()
@@ -122,7 +123,7 @@ async def test_everyone_may_be_cancelled_and_the_result_is_kept() -> None:
 
 
 async def test_a_failure_reaches_everyone_and_is_not_kept() -> None:
-    source, compute = FeatureSource(FeatureCache(1000)), Computation(EngineError("broken"))
+    source, compute = FeatureSource(ArrayCache(1000)), Computation(EngineError("broken"))
     waiting = [asyncio.create_task(source.get(b"k", compute)) for _ in range(3)]
     await asyncio.sleep(0)
     compute.release.set()
@@ -133,7 +134,7 @@ async def test_a_failure_reaches_everyone_and_is_not_kept() -> None:
 
 
 async def test_a_failure_that_nobody_waits_for_is_no_warning(recwarn: pytest.WarningsRecorder) -> None:
-    source, compute = FeatureSource(FeatureCache(1000)), Computation(EngineError("broken"))
+    source, compute = FeatureSource(ArrayCache(1000)), Computation(EngineError("broken"))
     task = asyncio.create_task(source.get(b"k", compute))
     await asyncio.sleep(0)
     task.cancel()

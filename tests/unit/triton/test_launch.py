@@ -17,8 +17,9 @@ import pytest
 
 from blipstream.bundle import check_bundle
 from blipstream.config import ServerConfig
-from blipstream.contract import MODEL_NAMES, FileEntry
+from blipstream.contract import MODEL_NAMES
 from blipstream.errors import BundleError, ServerStartError
+from blipstream.manifest import FileEntry
 from blipstream.triton import guard, installation
 from blipstream.triton.installation import Installation
 from blipstream.triton.log import LogPump, find_cause, is_alarming

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from blipstream_export.bundle import copy_models, model_repository
 
-from blipstream.contract import BLIP2, BLIP2_UNARY, IMAGE_FEATURES, MODEL_NAMES, Manifest, ModelSpec, TensorSpec
+from blipstream.contract import BLIP2, BLIP2_UNARY, IMAGE_FEATURES, MODEL_NAMES, ModelSpec, TensorSpec
+from blipstream.manifest import Manifest
 from tests.unit.triton.fakes import make_manifest
 
 text_format = pytest.importorskip("google.protobuf.text_format")
@@ -27,8 +28,7 @@ def manifest(request: pytest.FixtureRequest) -> Manifest:
 @pytest.fixture(scope="module")
 def bundle(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
-    values = {**manifest.dims(), "max_sequences": manifest.decoder.max_sequences}
-    copy_models(folder, values, instructed=manifest.qformer.instruction is not None)
+    copy_models(folder, manifest.config_values, instructed=manifest.qformer.instruction is not None)
     return folder
 
 
@@ -70,6 +70,17 @@ def test_batching_and_transaction_policy(bundle: Path, name: str) -> None:
     assert config.model_transaction_policy.decoupled == (name == BLIP2)
     batches_dynamically = name in ("preprocess", "vision_encoder", "qformer")
     assert config.HasField("dynamic_batching") == batches_dynamically
+
+
+def test_images_are_batched_as_the_processor_likes_it(bundle: Path, manifest: Manifest) -> None:
+    """A tiny ViT in full batches, ViT-g two at a time; on a GPU, as many as were asked for."""
+    config = read_config(bundle, "vision_encoder")
+    assert list(config.dynamic_batching.preferred_batch_size) == [manifest.preferred_images] == [8]
+    vision = manifest.vision.model_copy(update={"num_image_tokens": 257, "hidden_size": 1408})
+    large = manifest.model_copy(update={"vision": vision})
+    assert large.preferred_images == 2
+    assert large.model_copy(update={"engine": "tensorrt"}).preferred_images == 8
+    assert large.model_copy(update={"max_batch": 1}).preferred_images == 1
 
 
 def test_the_ensemble_passes_each_tensor_on(bundle: Path, manifest: Manifest) -> None:

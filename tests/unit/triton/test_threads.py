@@ -120,8 +120,8 @@ def test_what_is_counted_is_published() -> None:
     registry, metrics = Registry(), ServingMetrics()
     gauges = {"feature_cache_hits_total": 3, "feature_cache_bytes": 100, "running_sequences": 2}
     publisher = MetricsPublisher(metrics, lambda: gauges, registry.family, {"model": "blip2"})
-    metrics.on_step(StepReport(generated_tokens=4, prefill_tokens=20))
-    metrics.on_step(StepReport(generated_tokens=2))
+    metrics.on_step(StepReport(generated_tokens=4, prefill_tokens=20, prefill_seconds=0.5))
+    metrics.on_step(StepReport(generated_tokens=2, decode_seconds=0.25))
     metrics.on_start(0.25)
     metrics.on_first_token(0.5)
     metrics.on_outcome("eos")
@@ -133,6 +133,7 @@ def test_what_is_counted_is_published() -> None:
     assert registry["generated_tokens_total"].value == 6
     assert registry["prompt_tokens_total"].value == 20
     assert registry["decode_steps_total"].value == 2
+    assert (registry["prefill_seconds_total"].value, registry["decode_seconds_total"].value) == (0.5, 0.25)
     assert registry["feature_cache_hits_total"].value == 7
     assert registry["feature_cache_bytes"].value == 50
     assert registry["running_sequences"].value == 2

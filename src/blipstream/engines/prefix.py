@@ -1,0 +1,56 @@
+"""The prefix cache: what a decoder-only language model has made of an image's soft tokens, for the next question.
+
+A prompt begins with the soft tokens, and what comes before in a row is all that its keys and values depend on. Whoever
+asks again about the same image finds them here, and the prefill reads the question alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from blipstream.arrays import ArrayCache
+from blipstream.decoding.request import Prompt
+from blipstream.engines.cache import HostKVCache
+
+
+class PrefixCache:
+    """Copies of the first tokens of rows, by the soft tokens that they are of. For one thread, but for :meth:`gauges`.
+
+    Args:
+        rows: where prefixes are read, and written to.
+        max_bytes: budget; the least recently used goes first.
+    """
+
+    def __init__(self, rows: HostKVCache, max_bytes: int) -> None:
+        self._rows = rows
+        self._kept = ArrayCache(max_bytes)
+        self._num_hits = 0
+
+    def restore(self, row: int, prompt: Prompt) -> bool:
+        """Write what is kept of a prompt's soft tokens to the beginning of a row; return whether something is."""
+        prefix = self._kept.get(_key(prompt.soft_tokens))
+        if prefix is None:
+            return False
+        self._rows.write(row, [tensor[None] for tensor in prefix])
+        self._num_hits += 1
+        return True
+
+    def keep(self, first_row: int, prompts: Sequence[Prompt]) -> None:
+        """Keep what rows ``first_row ..``, filled with these prompts, begin with."""
+        for row, soft_tokens in enumerate((prompt.soft_tokens for prompt in prompts), first_row):
+            key = _key(soft_tokens)
+            if self._kept.get(key) is None:
+                self._kept.put(key, self._rows.read(row, len(soft_tokens)))
+
+    def gauges(self) -> dict[str, float]:
+        """Values of its metrics."""
+        return {"prefix_cache_hits_total": self._num_hits, "prefix_cache_bytes": self._kept.num_bytes}
+
+
+def _key(soft_tokens: npt.NDArray[np.float32]) -> bytes:
+    """By contents: a fraction of a millisecond, and nobody has to say which image they are of."""
+    return hashlib.blake2b(np.ascontiguousarray(soft_tokens).data, digest_size=16).digest()

@@ -1,0 +1,121 @@
+"""Further questions about an image, whose soft tokens the decoder has read before: each variant of OPT and LLaMA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from blipstream_export.graphs import export_graph
+
+from blipstream.decoding.request import Prompt
+from blipstream.engines import RowDecoder, create_engine, load_decoder
+from tests.export.language_models import CAPACITY, CASES, VARIANTS, expected_logits, make_model, make_prompts, module_of
+
+MANY = 1 << 20
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., RowDecoder]:
+    def load(language: str, model: Any, prefix_bytes: int = MANY) -> RowDecoder:
+        module = module_of(language)
+        sizes = module.decoder_section(model.config, max_sequences=3, max_tokens=CAPACITY)
+        for graph in module.graphs(model, sizes):
+            export_graph(graph.module, graph.inputs, tmp_path / graph.file, engine="onnxruntime")
+
+        def open_graph(file: str) -> Any:
+            return create_engine("onnxruntime", tmp_path / file, threads=1)
+
+        return load_decoder(sizes, open_graph, prefix_bytes)
+
+    return load
+
+
+def about(image: Prompt, *texts: Sequence[int]) -> list[Prompt]:
+    return [Prompt(image.soft_tokens.copy(), tuple(text)) for text in texts]
+
+
+def hits(decoder: RowDecoder) -> float:
+    return decoder.prefix_gauges()["prefix_cache_hits_total"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("language", "name"), [case for case in CASES if case[0] != "t5"])
+def test_further_questions_have_the_logits_of_transformers(
+    language: str, name: str, load: Callable[..., RowDecoder]
+) -> None:
+    model = make_model(language, VARIANTS[language][name])
+    decoder = load(language, model)
+    image, other = make_prompts(model, [(4, 1), (4, 1)])
+    prompts = [*about(image, [3, 9, 11], [7]), *about(other, [5, 6])]
+    for row, prompt in enumerate(prompts):
+        check(decoder.prefill(row, [prompt])[0], model, prompt)
+    assert hits(decoder) == 1
+    tokens, lengths = [2, 4, 8], [prompt.num_tokens for prompt in prompts]
+    for prompt, token, logits in zip(prompts, tokens, decoder.decode(np.array(tokens), np.array(lengths)), strict=True):
+        check(logits, model, prompt, [token])
+    decoder.move_row(2, 0, lengths[2] + 1)
+    (again,) = about(image, list(range(10)))
+    check(decoder.prefill(2, [again])[0], model, again)
+    assert hits(decoder) == 2
+    decoder.close()
+
+
+def check(logits: np.ndarray, model: Any, prompt: Prompt, generated: Sequence[int] = ()) -> None:
+    expected = expected_logits(model, prompt, generated)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-5 * np.abs(expected).max())
+
+
+@torch.no_grad()
+def test_prompts_that_come_together_are_read_together_and_known_afterwards(load: Callable[..., RowDecoder]) -> None:
+    model = make_model("opt")
+    decoder = load("opt", model)
+    image, other = make_prompts(model, [(4, 1), (3, 1)])
+    together = [*about(image, [3, 9, 11]), *about(other, [5]), *about(image, [8, 8])]
+    for _ in range(2):
+        for prompt, logits in zip(together, decoder.prefill(0, together), strict=True):
+            check(logits, model, prompt)
+    assert hits(decoder) == 0
+    for prompt in (*about(other, [1, 2]), *about(image, [1, 2])):
+        check(decoder.prefill(1, [prompt])[0], model, prompt)
+    assert hits(decoder) == 2
+    decoder.close()
+
+
+@torch.no_grad()
+def test_a_budget_is_kept_and_what_is_used_stays_longest(load: Callable[..., RowDecoder]) -> None:
+    model = make_model("opt")
+    decoder = load("opt", model)
+    first, second, third = make_prompts(model, [(4, 1), (4, 1), (4, 1)])
+    decoder.prefill(0, [first])
+    size = int(decoder.prefix_gauges()["prefix_cache_bytes"])
+    decoder.close()
+    decoder = load("opt", model, 2 * size)
+    for prompt in (first, second, first, third):
+        decoder.prefill(0, [prompt])
+    assert hits(decoder) == 1
+    assert decoder.prefix_gauges()["prefix_cache_bytes"] == 2 * size
+    decoder.prefill(0, [first])
+    assert hits(decoder) == 2
+    decoder.prefill(0, [second])  # it made room for the third
+    assert hits(decoder) == 2
+    decoder.close()
+
+
+@torch.no_grad()
+def test_without_a_budget_and_behind_an_encoder_nothing_is_kept(
+    load: Callable[..., RowDecoder],
+) -> None:
+    model = make_model("opt")
+    decoder = load("opt", model, 0)
+    (image,) = make_prompts(model, [(4, 2)])
+    for _ in range(2):
+        check(decoder.prefill(0, [image])[0], model, image)
+    assert decoder.prefix_gauges() == {}
+    decoder.close()
+    decoder = load("t5", make_model("t5"))
+    assert decoder.prefix_gauges() == {}
+    decoder.close()

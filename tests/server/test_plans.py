@@ -1,0 +1,58 @@
+"""A bundle of TensorRT plans behind a real server, on a simulated GPU: the models of the pip-installed server, with
+caches on the device and decode steps as CUDA graphs, answer as the checkpoint does."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from blipstream.errors import ServerStartError
+from blipstream.triton.server import TritonServer
+from tests.checkpoints import PROMPTS, make_images, save_blip2
+from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
+from tests.simulated import FOLDER, simulated_gpu
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", params=["opt", "t5"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_blip2(tmp_path_factory.mktemp("plans") / "checkpoint", request.param, seed=0)
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    from blipstream_export.build import BuildOptions, build
+
+    folder = checkpoint.parent / "bundle"
+    with pytest.MonkeyPatch.context() as patch, simulated_gpu():
+        patch.setenv("XDG_CACHE_HOME", str(checkpoint.parent / "cache"))
+        build(str(checkpoint), folder, BuildOptions(engine="tensorrt", max_sequences=5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path) -> Iterator[TritonServer]:
+    """A server whose models find the simulated packages: a model imports from its own folder before all others."""
+    served = bundle.with_name("served")
+    shutil.copytree(bundle, served)
+    for model in ("vision_encoder", "qformer", "blip2"):
+        shutil.copytree(FOLDER, served / model / "1", dirs_exist_ok=True)
+    with TritonServer(served, verbose=True) as server:
+        yield server
+
+
+def test_mixed_requests_equal_the_checkpoint(server: TritonServer, checkpoint: Path) -> None:
+    asks = [Ask(image, PROMPTS[i % len(PROMPTS)]) for i, image in enumerate(make_images(32, seed=1))]
+    answers = ask_concurrently(server.grpc_url, asks, max_tokens=16)
+    assert_equal(Reference(checkpoint), asks, answers, max_new_tokens=16)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
+def test_without_tensorrt_the_server_says_what_to_install(bundle: Path) -> None:
+    with pytest.raises(ServerStartError, match=r"tensorrt is not installed: `pip install 'blipstream\[tensorrt\]'`"):
+        TritonServer(bundle).start()

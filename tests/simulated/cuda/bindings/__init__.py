@@ -1,0 +1,1 @@
+"""NVIDIA's package of this name, simulated: see :mod:`cuda.bindings.runtime`."""

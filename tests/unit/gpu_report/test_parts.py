@@ -1,0 +1,326 @@
+"""The GPU report: choice of parts, small real processes as parts, the command; and a rehearsal on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import parts
+from benchmarks.gpu.environment import Environment, parse_smi
+from benchmarks.gpu.parts import NO_GPU, Part, Plan, make_parts, reason_to_skip
+from benchmarks.gpu.rows import CAPTION, STEP, read_rows
+from benchmarks.gpu.runner import Outcome, run_part
+from tests.unit.gpu_report.machines import DATA_CENTRE, NOTHING
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+# --- the machine -------------------------------------------------------------------------------------------------
+
+
+def test_nvidia_smi_is_read() -> None:
+    line = "NVIDIA H100 80GB HBM3, 615.61, 81559, 9.0, 1755, 2619, 1980, 2619, 700.00"
+    assert parse_smi(line) == {
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "driver": "615.61",
+        "gpu_memory": 81559 << 20,
+        "compute_capability": "9.0",
+        "clocks": {
+            "clocks.sm": "1755",
+            "clocks.mem": "2619",
+            "clocks.max.sm": "1980",
+            "clocks.max.mem": "2619",
+            "power.limit": "700.00",
+        },
+    }
+
+
+def test_what_nvidia_smi_does_not_know_is_left_out() -> None:
+    found = parse_smi("Orin (nvgpu), 540.4.0, [N/A], 8.7, [N/A], [N/A], [N/A], [N/A], [Not Supported]")
+    assert found == {"gpu": "Orin (nvgpu)", "driver": "540.4.0", "compute_capability": "8.7"}
+    assert parse_smi("") == parse_smi("No devices were found") == {}
+
+
+@pytest.mark.parametrize("environment", [NOTHING, DATA_CENTRE])
+def test_an_environment_survives_its_file(environment: Environment, tmp_path: Path) -> None:
+    environment.write(tmp_path / "environment.json")
+    assert Environment.read(tmp_path / "environment.json") == environment
+
+
+# --- which parts -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def roomy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_NEEDED_DISK", 0)
+
+
+def reasons(environment: Environment, plan: Plan | None = None) -> dict[str, str | None]:
+    """Why each part is skipped, if those before it are done."""
+    plan = plan or Plan(Path("report"), Path("work"))
+    all_parts = make_parts(plan)
+    done = {part.name: Outcome("done") for part in all_parts}
+    return {part.name: reason_to_skip(part, environment, plan, done) for part in all_parts}
+
+
+def test_without_a_gpu_every_part_is_skipped_for_that() -> None:
+    assert set(reasons(NOTHING).values()) == {NO_GPU}
+
+
+def test_a_data_centre_gpu_runs_every_part() -> None:
+    assert {name: reason for name, reason in reasons(DATA_CENTRE).items() if reason} == {}
+
+
+def test_the_kernels_leave_their_rows_where_the_report_looks() -> None:
+    plan = Plan(Path("report"), Path("work"))
+    (part,) = [part for part in make_parts(plan) if part.name == parts.KERNELS]
+    assert part.command[-2:] == ("--rows", str(plan.folder(parts.KERNELS) / parts.KERNELS_FILE))
+
+
+def test_torch_without_cuda_is_named() -> None:
+    found = reasons(dataclasses.replace(DATA_CENTRE, torch_cuda=None, torch_sees_gpu=False))
+    assert str(found["limits"]).startswith("torch 2.13.0 is built without CUDA: ")
+
+
+def test_a_driver_that_is_too_old_is_suspected() -> None:
+    reason = reasons(dataclasses.replace(DATA_CENTRE, torch_sees_gpu=False))["limits"]
+    assert reason is not None
+    assert "does not see the GPU" in reason
+
+
+def test_what_an_engine_lacks_skips_its_parts_alone() -> None:
+    found = reasons(dataclasses.replace(DATA_CENTRE, tensorrt=None, providers=("CPUExecutionProvider",)))
+    assert found["tensorrt"] == found["tensorrt-build"]
+    assert "blipstream[tensorrt]" in str(found["tensorrt"])
+    assert "CUDAExecutionProvider" in str(found["onnxruntime-cuda"])
+    assert found["transformers-eager"] is None
+
+
+def test_a_small_gpu_skips_the_full_size_model_and_runs_a_small_one() -> None:
+    small = dataclasses.replace(DATA_CENTRE, gpu_memory=8 << 30)
+    assert "8.0 GiB" in str(reasons(small)["checkpoint"])
+    assert reasons(small)["limits"] is None
+    tiny = Plan(Path("report"), Path("work"), checkpoint=Path("tiny"))
+    assert "checkpoint" not in reasons(small, tiny)
+    assert reasons(small, tiny)["tensorrt"] is None
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_NEEDED_DISK", 1 << 60)
+    found = reasons(DATA_CENTRE, Plan(tmp_path, tmp_path / "missing" / "work"))
+    assert str(found["checkpoint"]).startswith(f"{tmp_path} has ")
+    assert found["limits"] is None
+
+
+def test_a_part_waits_for_those_before_it() -> None:
+    plan = Plan(Path("report"), Path("work"))
+    part = next(part for part in make_parts(plan) if part.name == "tensorrt")
+    assert reason_to_skip(part, DATA_CENTRE, plan, {}) == "it comes after tensorrt-build, which is not run yet"
+    failed = {"tensorrt-build": Outcome("timed out", "it was killed after 1 s")}
+    assert reason_to_skip(part, DATA_CENTRE, plan, failed) == "it comes after tensorrt-build, which is timed out"
+
+
+def test_the_first_parts_are_short() -> None:
+    """Something useful is there within five minutes: the first part's own limit is below that."""
+    assert make_parts(Plan(Path("report"), Path("work")))[0].limit <= 300
+
+
+# --- running them ------------------------------------------------------------------------------------------------
+
+
+def script(name: str, code: str, limit: float = 30, after: tuple[str, ...] = ()) -> Part:
+    return Part(name, f"the part {name}", ("-c", code), limit, after=after)
+
+
+def run(part: Part, folder: Path) -> Outcome:
+    return run_part(part.full_command, folder, part.limit, working=REPOSITORY)
+
+
+def test_a_part_that_works(tmp_path: Path) -> None:
+    outcome = run(script("good", "print('said')"), tmp_path / "good")
+    assert (outcome.status, outcome.reason, outcome.tail) == ("done", "", "")
+    assert (tmp_path / "good" / "output.log").read_text() == "said\n"
+    assert Outcome.read(tmp_path / "good") == outcome
+
+
+def test_a_part_that_fails_leaves_its_last_lines(tmp_path: Path) -> None:
+    code = "for i in range(1000): print('line', i)\nraise ValueError('the cause')"
+    outcome = run(script("bad", code), tmp_path / "bad")
+    assert (outcome.status, outcome.reason) == ("failed", "it ended with status 1")
+    assert "ValueError: the cause" in outcome.tail
+    assert "line 999" in outcome.tail
+    assert "line 1\n" not in outcome.tail
+
+
+def test_a_part_that_crashes_is_told_from_one_that_fails(tmp_path: Path) -> None:
+    outcome = run(script("crash", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"), tmp_path / "crash")
+    assert (outcome.status, outcome.reason) == ("failed", "it ended with signal SIGSEGV")
+
+
+def test_a_part_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    code = (
+        "import subprocess, sys, time, pathlib\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(child.pid))\n"
+        "print('before it hung')\n"
+        "time.sleep(600)\n"
+    )
+    started = time.monotonic()
+    outcome = run(script("hang", code, limit=3), tmp_path / "hang")
+    assert time.monotonic() - started < 30
+    assert (outcome.status, outcome.reason) == ("timed out", "it was killed after 3 s")
+    assert "before it hung" in outcome.tail
+    assert not is_running(int(child.read_text()))
+
+
+def is_running(pid: int) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_a_part_finds_no_leavings_of_its_last_run(tmp_path: Path) -> None:
+    folder = tmp_path / "part"
+    folder.mkdir()
+    (folder / "rows.csv").write_text("old")
+    run(script("part", "pass"), folder)
+    assert not (folder / "rows.csv").exists()
+
+
+def counting(tmp_path: Path, name: str, code: str = "") -> Part:
+    """A part that writes a line whenever it runs."""
+    return script(name, f"open({str(tmp_path / name)!r}, 'a').write('ran\\n')\n{code}")
+
+
+def times_run(tmp_path: Path, *names: str) -> list[int]:
+    return [len((tmp_path / name).read_text().splitlines()) if (tmp_path / name).exists() else 0 for name in names]
+
+
+def test_a_failing_part_stops_no_other_and_a_second_run_resumes(tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "report", tmp_path / "work")
+    plan.report.mkdir()
+    repaired = tmp_path / "repaired"
+    fragile = f"import pathlib\nassert pathlib.Path({str(repaired)!r}).exists(), 'not repaired'"
+    behind = dataclasses.replace(counting(tmp_path, "behind"), after=("fragile",))
+    four = (counting(tmp_path, "first"), counting(tmp_path, "fragile", fragile), behind, counting(tmp_path, "last"))
+
+    outcomes = run_with(plan, four)
+    assert [outcome.status for outcome in outcomes.values()] == ["done", "failed", "skipped", "done"]
+    text = (plan.report / "report.md").read_text()
+    assert "AssertionError: not repaired" in text
+    assert "skipped: it comes after fragile, which is failed" in text
+
+    repaired.touch()
+    outcomes = run_with(plan, four)
+    assert {outcome.status for outcome in outcomes.values()} == {"done"}
+    assert times_run(tmp_path, "first", "fragile", "behind", "last") == [1, 2, 1, 1]
+    assert "AssertionError" not in (plan.report / "report.md").read_text()
+
+    run_with(plan, four, only=["last"])
+    assert times_run(tmp_path, "first", "fragile", "behind", "last") == [1, 2, 1, 2]
+
+
+def run_with(plan: Plan, some: Sequence[Part], only: Sequence[str] = ()) -> dict[str, Outcome]:
+    return command.run_parts(plan, some, DATA_CENTRE, only=only)
+
+
+def test_the_report_is_there_before_the_second_part_runs(tmp_path: Path) -> None:
+    plan = Plan(tmp_path / "report", tmp_path / "work")
+    plan.report.mkdir()
+    report = plan.report / "report.md"
+    looks = f"import pathlib\nassert '| first | the part first | done |' in pathlib.Path({str(report)!r}).read_text()"
+    outcomes = run_with(plan, (counting(tmp_path, "first"), script("second", looks)))
+    assert outcomes["second"].status == "done", outcomes["second"].tail
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "probe", lambda _folder: NOTHING)
+
+
+def test_without_a_gpu_the_report_names_every_part(
+    tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--report", str(tmp_path)]) == command.NO_GPU
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "There is no NVIDIA GPU on this machine, so every part was skipped."
+    assert len(said) == 2
+    text = (tmp_path / "report.md").read_text()
+    for part in make_parts(Plan(tmp_path, tmp_path)):
+        assert f"| {part.name} | {part.title} | skipped: {NO_GPU} |" in text
+    assert text.count("not measured because") == 7
+    assert Environment.read(tmp_path / "environment.json") == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "lunch"], "there is no part lunch; there are limits, kernel-tests"),
+        (["--device", "cpu"], "needs --checkpoint FOLDER"),
+    ],
+)
+def test_misuse_is_said(
+    arguments: list[str], said: str, tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["--report", str(tmp_path / "report"), *arguments]) == command.MISUSED
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_reports_of_two_machines_do_not_mix(tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    DATA_CENTRE.write(tmp_path / "environment.json")
+    assert command.main(["--report", str(tmp_path)]) == command.MISUSED
+    assert "holds a report of NVIDIA Some GPU" in capsys.readouterr().err
+    assert command.main(["--report", str(tmp_path), "--fresh"]) == command.NO_GPU
+
+
+def test_the_probe_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    environment = command.probe(tmp_path / "environment")
+    assert environment.versions["torch"]
+    assert "CPUExecutionProvider" in environment.providers
+
+
+# --- for real, on the CPU ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_rehearsal_measures_the_demo_checkpoint(tmp_path: Path) -> None:
+    """The code that runs on a GPU, on the CPU: transformers eager and compiled, Blipstream on ONNX Runtime."""
+    options = ["--device=cpu", "--dtype=fp32", "--checkpoint=demo/checkpoint", "--seconds=0.1"]
+    arguments = [*options, "--compile-backend=eager", f"--report={tmp_path / 'report'}", f"--work={tmp_path / 'work'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + text
+    assert "onnxruntime 100.0%, transformers-compiled 100.0%" in text, "all three generate the same tokens"
+    rows = read_rows(tmp_path / "report" / "rows.csv")
+    captions = {(row.system, row.batch) for row in rows if row.what == CAPTION}
+    systems = ("transformers-eager", "transformers-compiled", "blipstream-onnxruntime")
+    assert captions == {(system, batch) for system in systems for batch in (1, 8)}
+    assert {row.batch for row in rows if row.what == STEP} == {1, 2, 4, 8, 16}
+    assert "| onnxruntime | decode step | 1 | bandwidth |" in text
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {
+        "caption.png",
+        "decode-step.png",
+        "prefill.png",
+    }
