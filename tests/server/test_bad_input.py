@@ -15,6 +15,7 @@ from PIL import Image
 
 from blipstream.triton.server import TritonServer
 from tests.checkpoints import TinySizes, make_images
+from tests.server.conftest import ROW_TOKENS
 from tests.server.wire import Reply, Stream, ask, ask_unary, generate, infer_inputs, png, refusal
 
 pytestmark = pytest.mark.server
@@ -59,7 +60,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "pixels of another size": ({"image_input": pixels(size=SIZE + 1)}, "image_input must have the shape"),
     "pixels that are NaN": ({"image_input": pixels(np.nan)}, "image_input must hold finite numbers"),
     "invalid UTF-8": ({"image": GOOD, "text_input": b"a\xc3("}, "text_input must be UTF-8 text, but its byte 1, 0xc3"),
-    "prompt too long": ({"image": GOOD, "text_input": "dog and " * 5000}, "leave room for an answer"),
+    "prompt too long": ({"image": GOOD, "text_input": "a " * ROW_TOKENS}, "leave room for an answer"),
     "too much text": ({"image": GOOD, "text_input": "x" * 70_000}, "text_input must have at most 65536 bytes"),
     "temperature NaN": ({"image": GOOD, "temperature": np.nan}, "temperature must be a finite number"),
     "temperature negative": ({"image": GOOD, "temperature": -1.0}, "temperature must be a finite number of at least 0"),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from blipstream.triton.server import TritonServer
+from tests.server.conftest import ROW_TOKENS
 from tests.server.wire import PATIENCE_S, ask, metric, wait_until
 
 pytestmark = pytest.mark.server
@@ -230,7 +231,7 @@ def test_chat_chains_its_turns(cli: Cli, server: TritonServer, files: list[Path]
 
 def test_chat_drops_the_oldest_turns(cli: Cli, files: list[Path]) -> None:
     """Five questions of which two fit: each is answered, and the user is told what was forgotten."""
-    question = "a " * 1200
+    question = "a " * (ROW_TOKENS * 2 // 5)
     done = cli.run("chat", "--json", "--max-tokens", "2", files[0], stdin=f"{question}\n".encode() * 5)
     counts = [answer["num_input_tokens"] for answer in objects(done.stdout)]
     assert len(counts) == 5
@@ -242,7 +243,7 @@ def test_chat_drops_the_oldest_turns(cli: Cli, files: list[Path]) -> None:
 
 
 def test_chat_refuses_a_question_that_is_too_long_alone(cli: Cli, files: list[Path]) -> None:
-    lines = f"what?\n{'a ' * 5000}\nwhat?\n"
+    lines = f"what?\n{'a ' * ROW_TOKENS}\nwhat?\n"
     done = cli.run("chat", "--json", "--max-tokens", "2", files[0], stdin=lines.encode())
     first, refused, second = objects(done.stdout)
     assert "leave room for an answer" in json.dumps(refused["error"])

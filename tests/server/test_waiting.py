@@ -39,8 +39,13 @@ def test_cancelling_a_stream_frees_its_slot(server: TritonServer, image: bytes) 
         occupied(server, SLOTS, image) as streams,
         Stream(server.grpc_url, image=image, max_tokens=3) as waiting,
     ):
-        wait_until(lambda: metric(server, "blipstream_waiting_requests") == 1)
-        assert metric(server, "blipstream_running_sequences") == SLOTS
+        # both at once: an earlier reading also has one that waits, the first stream for its image
+        wait_until(
+            lambda: (
+                metric(server, "blipstream_running_sequences") == SLOTS
+                and metric(server, "blipstream_waiting_requests") == 1
+            )
+        )
         streams[0].cancel()
         assert waiting.next().num_output_tokens == 3
         assert not any(stream.is_final for stream in streams[1:])
