@@ -72,15 +72,18 @@ class Bundle:
 
     def caption(self, images: Floats, tokens: int) -> list[list[int]]:
         """Token ids of a caption of so many tokens of each image."""
-        prompts = self.prompts(self.read(self.see(images)))
+        return self.continued(self.prompts(self.read(self.see(images))), tokens)
+
+    def continued(self, prompts: list[Prompt], tokens: int) -> list[list[int]]:
+        """So many token ids behind each prompt, chosen greedily; all prompts are one batch."""
         logits = self.decoder.prefill(0, prompts)
         lengths = self.lengths(prompts)
         chosen = [self._choose(logits)]
         while len(chosen) < tokens:
             chosen.append(self._choose(self.decoder.decode(chosen[-1], lengths)))
             lengths += 1
-        captions: list[list[int]] = np.stack(chosen, axis=1).tolist()
-        return captions
+        rows: list[list[int]] = np.stack(chosen, axis=1).tolist()
+        return rows
 
     def lengths(self, prompts: list[Prompt]) -> npt.NDArray[np.int64]:
         """Tokens in the decoder's cache behind a prefill, of each row; an encoder's are not in it."""

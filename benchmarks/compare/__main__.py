@@ -1,0 +1,193 @@
+"""Blipstream against its peers, at full size.
+
+    python -m benchmarks.compare CHECKPOINT BUNDLE [--systems NAME ...] [--tasks NAME ...] [--rounds N]
+
+Each peer runs in a process of its own, in an environment of its own (made at the first run, under ``--work``), beside a
+server of the bundle; in each round both get the same requests, one after the other. A peer's process has a whole model
+in memory: OPT-2.7B takes 15 GiB in fp32. Rows are added to benchmarks/results/compare.csv task by task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.compare.measure import Pair, Rounds, likeness
+from benchmarks.compare.ours import Blipstream
+from benchmarks.compare.process import Peer, PeerError
+from benchmarks.compare.systems import ENGINE, SYSTEMS, System
+from benchmarks.compare.tasks import LANGUAGE, Task, make_tasks, tokens_of
+from benchmarks.rows import Setting, append_rows
+from benchmarks.run import RESULTS
+from benchmarks.setting import make_setting
+from blipstream.manifest import Manifest
+
+FILE = "compare.csv"
+_SEEDS = 1000
+"""Rounds that a task may have, with requests of their own."""
+
+
+@dataclass(frozen=True)
+class ComparedRow(Setting):
+    """One peer beside Blipstream, on one task; times are those of a whole round."""
+
+    task: str
+    system: str
+    versions: str
+    batch: int
+    """Requests that the peer is given at once; Blipstream is always given all, 16 at a time."""
+    requests: int
+    """Of a round."""
+    rounds: int
+    p50_s: float
+    blipstream_p50_s: float
+    tokens_per_s: float
+    blipstream_tokens_per_s: float
+    ratio: float
+    """How many times as long the peer takes in the same round, the median; so are the next two, the extremes."""
+    ratio_min: float
+    ratio_max: float
+    reference: str
+    """The system whose outputs all of a task are compared with."""
+    agreement: float
+    """Cosine of arrays, of the worst round; of tokens the share that is the same, up to the first that differs."""
+    blipstream_agreement: float
+    memory_gib: float
+    """Resident when the rounds are done, of all processes; Blipstream's with its client."""
+    blipstream_memory_gib: float
+
+
+class Comparison:
+    """All peers, one after the other."""
+
+    def __init__(self, options: argparse.Namespace, command: str, console: Console) -> None:
+        self._options = options
+        self._console = console
+        self._work: Path = options.work
+        self._threads = len(os.sched_getaffinity(0))
+        self._setting = make_setting(None, options.checkpoint, self._threads, command, os.getloadavg()[0])
+        self._tasks = make_tasks(options.answers, Manifest.load(options.bundle).image.size)
+        self._references: dict[str, tuple[str, Sequence[Any]]] = {}
+
+    def rows(self, name: str) -> Iterator[ComparedRow]:
+        """One system beside Blipstream, a row for each of its tasks that is wanted.
+
+        Raises:
+            PeerError: it does not start, or fails.
+        """
+        system = SYSTEMS[name]
+        wanted = [(task, int(batch or 0)) for task, _, batch in (own.partition(":") for own in system.tasks)]
+        wanted = [(task, batch) for task, batch in wanted if task.partition("-")[0] in self._options.tasks]
+        if not wanted:
+            return
+        self._say(f"{name}: starting")
+        with self._start(system, name) as peer:
+            for task_name, batch in wanted:
+                task = self._tasks[task_name]
+                with self._ours(task) as ours:
+                    title = f"{name}: {task_name}" + (f" by {batch}" if batch else "")
+                    first = list(self._tasks).index(task_name) * _SEEDS
+                    folder = self._work / "requests" / task_name
+                    rounds = Rounds(
+                        task, first, folder, batch, lambda number, t=title: self._say(f"{t}, round {number}")
+                    )  # type: ignore[misc]
+                    pair = rounds.run(peer, ours, self._options.rounds)
+                    memory = peer.memory_gib(), ours.memory_gib()
+                requests = [task.requests(first + number, folder) for number in range(self._options.rounds)]
+                tokens = statistics.median(map(tokens_of, requests))
+                yield self._row(name, task_name, batch, task, pair, tokens, peer, memory)
+
+    def _row(
+        self,
+        name: str,
+        task_name: str,
+        batch: int,
+        task: Task,
+        pair: Pair,
+        tokens: float,
+        peer: Peer,
+        memory: tuple[float, float],
+    ) -> ComparedRow:
+        reference, outputs = self._references.setdefault(task_name, (name, pair.peer.outputs))
+        return ComparedRow(
+            **dataclasses.asdict(self._setting),
+            task=task_name,
+            system=name,
+            versions=" ".join(f"{package} {version}" for package, version in peer.versions.items()),
+            batch=batch or task.count,
+            requests=task.count,
+            rounds=len(pair.ratios),
+            p50_s=round(pair.peer.median, 4),
+            blipstream_p50_s=round(pair.ours.median, 4),
+            tokens_per_s=round(tokens / pair.peer.median, 3),
+            blipstream_tokens_per_s=round(tokens / pair.ours.median, 3),
+            ratio=round(statistics.median(pair.ratios), 3),
+            ratio_min=round(min(pair.ratios), 3),
+            ratio_max=round(max(pair.ratios), 3),
+            reference=reference,
+            agreement=round(likeness(pair.peer.outputs, outputs), 4),
+            blipstream_agreement=round(likeness(pair.ours.outputs, outputs), 4),
+            memory_gib=round(memory[0], 2),
+            blipstream_memory_gib=round(memory[1], 2),
+        )
+
+    def _ours(self, task: Task) -> AbstractContextManager[Any]:
+        """A fresh server, whose caches know nothing; without images, the engine."""
+        if task.name == LANGUAGE:
+            return self._start(ENGINE, "engine")
+        return Blipstream(self._options.bundle)
+
+    def _start(self, system: System, name: str) -> Peer:
+        options = self._options
+        return system.start(options.checkpoint, options.bundle, self._work, self._threads, self._work / f"{name}.log")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; the exit status is 1 when a peer failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    comparison = Comparison(options, shlex.join(["python", "-m", "benchmarks.compare", *arguments]), console)
+    failed = False
+    for name in options.systems:
+        try:
+            for row in comparison.rows(name):
+                append_rows(options.results / FILE, [row])
+                console.print(f"[bold]{row.system}, {row.task} by {row.batch}: {row.ratio:.2f} times as long[/bold]")
+        except PeerError as error:
+            failed = True
+            console.print(f"{name} failed: {error}", style="red", highlight=False)
+    return int(failed)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    tasks = tuple(dict.fromkeys(name.partition("-")[0] for name in make_tasks(1, 1)))
+    parser = argparse.ArgumentParser(prog="benchmarks.compare", description="Blipstream against its peers.")
+    parser.add_argument("checkpoint", type=lambda text: Path(text).resolve(), help="folder, in the Hugging Face layout")
+    parser.add_argument("bundle", type=lambda text: Path(text).resolve(), help="built from it")
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, metavar="NAME")
+    parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks, metavar="NAME", help=", ".join(tasks))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--answers", type=int, default=32, help="requests of a round of answers")
+    parser.add_argument("--work", type=lambda text: Path(text).resolve(), default=Path(".work/compare").resolve())
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What runs in the peers' environments; imports nothing of Blipstream but where it says so."""
