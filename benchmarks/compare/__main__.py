@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks.compare.measure import Pair, Rounds, likeness
 from benchmarks.compare.ours import Blipstream
 from benchmarks.compare.process import Peer, PeerError
-from benchmarks.compare.systems import ENGINE, SYSTEMS, System
+from benchmarks.compare.systems import BATCHES, ENGINE, SYSTEMS, System
 from benchmarks.compare.tasks import LANGUAGE, Task, make_tasks, tokens_of
 from benchmarks.rows import Setting, append_rows
 from benchmarks.run import RESULTS
@@ -88,7 +88,8 @@ class Comparison:
         """
         system = SYSTEMS[name]
         wanted = [(task, int(batch or 0)) for task, _, batch in (own.partition(":") for own in system.tasks)]
-        wanted = [(task, batch) for task, batch in wanted if task.partition("-")[0] in self._options.tasks]
+        tasks, batches = self._options.tasks, (0, *self._options.batches)
+        wanted = [(task, batch) for task, batch in wanted if task.partition("-")[0] in tasks and batch in batches]
         if not wanted:
             return
         self._say(f"{name}: starting")
@@ -182,6 +183,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("bundle", type=lambda text: Path(text).resolve(), help="built from it")
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, metavar="NAME")
     parser.add_argument("--tasks", nargs="+", default=tasks, choices=tasks, metavar="NAME", help=", ".join(tasks))
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=BATCHES, choices=BATCHES, help="static ones, of answers"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--answers", type=int, default=32, help="requests of a round of answers")
     parser.add_argument("--work", type=lambda text: Path(text).resolve(), default=Path(".work/compare").resolve())

@@ -79,7 +79,7 @@ class Rounds:
         self._on_round(0)
         warm_up = [_shortened(request, self._task.count) for request in self._requests(WARM_UP)]
         for side, batch in sides:
-            self._ask(side, warm_up, batch)
+            self._ask(side, warm_up[:batch], batch)
         for number in range(count):
             self._on_round(number + 1)
             requests = self._requests(number)

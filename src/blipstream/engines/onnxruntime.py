@@ -187,6 +187,8 @@ def _options(threads: int | None, spin: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    # a pair of QuantizeLinear and DequantizeLinear means what it says: fused, its products saturate without VNNI
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = _LOG_ERRORS
     return options
 
