@@ -67,7 +67,7 @@ def test_nothing_of_a_peer_is_left(log: Path) -> None:
     )
     with Peer([sys.executable, "-c", child], log, threads=1) as peer:
         (sleeper,) = psutil.Process(peer._process.pid).children()
-    assert not sleeper.is_running() or sleeper.status() == psutil.STATUS_ZOMBIE
+    sleeper.wait(30)  # raises when it goes on; who takes over an orphan may leave it a zombie for a moment
 
 
 class Fake:
