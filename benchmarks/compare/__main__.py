@@ -64,7 +64,7 @@ class ComparedRow(Setting):
     """Cosine of arrays, of the worst round; of tokens the share that is the same, up to the first that differs."""
     blipstream_agreement: float
     memory_gib: float
-    """Resident when the rounds are done, of all processes; Blipstream's with its client."""
+    """Resident when the rounds are done, of all of a system's processes."""
     blipstream_memory_gib: float
 
 

@@ -31,7 +31,9 @@ class Blipstream:
         self.versions = {"blipstream": version("blipstream"), "onnxruntime": version("onnxruntime")}
 
     def __enter__(self) -> Blipstream:
+        others = {child.pid for child in psutil.Process().children()}  # a peer's process
         self._server.start()
+        self._processes = [child for child in psutil.Process().children() if child.pid not in others]
         self._client = Client(self._server.grpc_url, timeout=_TIMEOUT_S)
         self._triton = triton.InferenceServerClient(self._server.grpc_url)
         return self
@@ -56,8 +58,8 @@ class Blipstream:
             return {"tokens": list(clients.map(self._generate, requests))}
 
     def memory_gib(self) -> float:
-        """Resident, of the server's processes, shared pages once; this process, its client, is counted with them."""
-        return resident(psutil.Process()) / (1 << 30)
+        """Resident, of the server's processes, shared pages once."""
+        return sum(map(resident, self._processes)) / (1 << 30)
 
     def _infer(self, model: str, name: str, value: np.ndarray[Any, Any], output: str) -> np.ndarray[Any, Any]:
         tensor = triton.InferInput(name, value.shape, "BYTES" if value.dtype == np.object_ else "FP32")

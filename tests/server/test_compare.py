@@ -40,5 +40,6 @@ def test_peers_say_what_blipstream_says(
         assert float(row["blipstream_agreement"]) == pytest.approx(1, abs=1e-4)
         assert float(row["ratio_min"]) <= float(row["ratio"]) <= float(row["ratio_max"])
         assert float(row["memory_gib"]) > 0.1
+        assert 0.1 < float(row["blipstream_memory_gib"]) < 2
     assert all(float(found[key]["agreement"]) == 1 for key in answers), "batches change no token"
     assert "transformers 5" in found[exact, "caption", 1]["versions"]
