@@ -37,6 +37,7 @@ from blipstream.bench.kserve import KServe
 from blipstream.bench.load import Request, Run
 from blipstream.bench.meter import Meter
 from blipstream.bench.workload import Lengths, Sizes, Workload, render
+from blipstream.config import ServerConfig
 from blipstream.contract import IMAGE, PREPROCESS
 from blipstream.triton.server import TritonServer
 
@@ -50,6 +51,7 @@ _FEWEST = 8
 """Requests of a point, at least."""
 _TIMES = 5
 """Of each point of the curves that go one at a time."""
+_TIMEOUT_S = 3600.0
 _SETTLE_S = 1.0
 """Longer than the time between two publications of the metrics."""
 
@@ -93,7 +95,7 @@ class Curves:
     """
 
     def __init__(self, server: TritonServer, most: int, longest: int) -> None:
-        self._target = KServe(server.grpc_url, None, timeout=3600)
+        self._target = KServe(server.grpc_url, None, timeout=_TIMEOUT_S)
         self._meter = Meter(server.grpc_url, server.metrics_url)
         self._url = server.grpc_url
         self._most = most
@@ -205,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     command, load = shlex.join(["python", "-m", "benchmarks.growth", *arguments]), os.getloadavg()[0]
     console = Console()
-    with TritonServer(options.bundle) as server:
+    with TritonServer(options.bundle, config=ServerConfig(request_timeout=_TIMEOUT_S)) as server:
         setting = make_setting(server, options.checkpoint, len(os.sched_getaffinity(0)), command, load)
         curves = Curves(server, options.max_in_flight, options.max_prompt)
         rows: list[GrowthRow] = []

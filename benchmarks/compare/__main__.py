@@ -15,7 +15,7 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from benchmarks.compare.tasks import LANGUAGE, Task, make_tasks, tokens_of
 from benchmarks.rows import Setting, append_rows
 from benchmarks.run import RESULTS
 from benchmarks.setting import make_setting
+from blipstream.errors import BlipstreamError
 from blipstream.manifest import Manifest
 
 FILE = "compare.csv"
@@ -50,6 +51,8 @@ class ComparedRow(Setting):
     requests: int
     """Of a round."""
     rounds: int
+    apart: bool
+    """Whether the two had the machine to themselves in turn, all rounds of one before those of the other."""
     p50_s: float
     blipstream_p50_s: float
     tokens_per_s: float
@@ -66,6 +69,16 @@ class ComparedRow(Setting):
     memory_gib: float
     """Resident when the rounds are done, of all of a system's processes."""
     blipstream_memory_gib: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A peer and Blipstream on one task."""
+
+    pair: Pair
+    versions: Mapping[str, str]
+    peer_gib: float
+    ours_gib: float
 
 
 class Comparison:
@@ -92,43 +105,49 @@ class Comparison:
         wanted = [(task, batch) for task, batch in wanted if task.partition("-")[0] in tasks and batch in batches]
         if not wanted:
             return
+        if self._options.apart:
+            for task, batch in wanted:
+                yield self._compare(name, task, batch, lambda rounds: self._apart(system, name, rounds))
+            return
         self._say(f"{name}: starting")
         with self._start(system, name) as peer:
-            for task_name, batch in wanted:
-                task = self._tasks[task_name]
-                with self._ours(task) as ours:
-                    title = f"{name}: {task_name}" + (f" by {batch}" if batch else "")
-                    first = list(self._tasks).index(task_name) * _SEEDS
-                    folder = self._work / "requests" / task_name
-                    rounds = Rounds(
-                        task, first, folder, batch, lambda number, t=title: self._say(f"{t}, round {number}")
-                    )  # type: ignore[misc]
-                    pair = rounds.run(peer, ours, self._options.rounds)
-                    memory = peer.memory_gib(), ours.memory_gib()
-                requests = [task.requests(first + number, folder) for number in range(self._options.rounds)]
-                tokens = statistics.median(map(tokens_of, requests))
-                yield self._row(name, task_name, batch, task, pair, tokens, peer, memory)
+            for task, batch in wanted:
+                yield self._compare(name, task, batch, lambda rounds: self._beside(peer, rounds))
 
-    def _row(
-        self,
-        name: str,
-        task_name: str,
-        batch: int,
-        task: Task,
-        pair: Pair,
-        tokens: float,
-        peer: Peer,
-        memory: tuple[float, float],
-    ) -> ComparedRow:
+    def _compare(self, name: str, task_name: str, batch: int, measure: Callable[[Rounds], Measured]) -> ComparedRow:
+        task, first = self._tasks[task_name], list(self._tasks).index(task_name) * _SEEDS
+        title, folder = f"{name}: {task_name}" + (f" by {batch}" if batch else ""), self._work / "requests" / task_name
+        measured = measure(Rounds(task, first, folder, batch, lambda number: self._say(f"{title}, round {number}")))
+        tokens = [tokens_of(task.requests(first + number, folder)) for number in range(self._options.rounds)]
+        return self._row(name, task_name, batch, measured, statistics.median(tokens))
+
+    def _beside(self, peer: Peer, rounds: Rounds) -> Measured:
+        """Both in memory, in turn."""
+        with self._ours(rounds.task) as ours:
+            pair = rounds.run(peer, ours, self._options.rounds)
+            return Measured(pair, peer.versions, peer.memory_gib(), ours.memory_gib())
+
+    def _apart(self, system: System, name: str, rounds: Rounds) -> Measured:
+        """One after the other, each with the machine to itself."""
+        with self._start(system, name) as peer:
+            theirs = rounds.alone(peer, rounds.batch, self._options.rounds)
+            versions, memory = peer.versions, peer.memory_gib()
+        with self._ours(rounds.task) as ours:
+            pair = Pair(theirs, rounds.alone(ours, rounds.task.count, self._options.rounds))
+            return Measured(pair, versions, memory, ours.memory_gib())
+
+    def _row(self, name: str, task_name: str, batch: int, measured: Measured, tokens: float) -> ComparedRow:
+        pair, task = measured.pair, self._tasks[task_name]
         reference, outputs = self._references.setdefault(task_name, (name, pair.peer.outputs))
         return ComparedRow(
             **dataclasses.asdict(self._setting),
             task=task_name,
             system=name,
-            versions=" ".join(f"{package} {version}" for package, version in peer.versions.items()),
+            versions=" ".join(f"{package} {version}" for package, version in measured.versions.items()),
             batch=batch or task.count,
             requests=task.count,
             rounds=len(pair.ratios),
+            apart=self._options.apart,
             p50_s=round(pair.peer.median, 4),
             blipstream_p50_s=round(pair.ours.median, 4),
             tokens_per_s=round(tokens / pair.peer.median, 3),
@@ -139,8 +158,8 @@ class Comparison:
             reference=reference,
             agreement=round(likeness(pair.peer.outputs, outputs), 4),
             blipstream_agreement=round(likeness(pair.ours.outputs, outputs), 4),
-            memory_gib=round(memory[0], 2),
-            blipstream_memory_gib=round(memory[1], 2),
+            memory_gib=round(measured.peer_gib, 2),
+            blipstream_memory_gib=round(measured.ours_gib, 2),
         )
 
     def _ours(self, task: Task) -> AbstractContextManager[Any]:
@@ -158,7 +177,7 @@ class Comparison:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; the exit status is 1 when a peer failed."""
+    """Measure; the exit status is 1 when a system failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -170,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in comparison.rows(name):
                 append_rows(options.results / FILE, [row])
                 console.print(f"[bold]{row.system}, {row.task} by {row.batch}: {row.ratio:.2f} times as long[/bold]")
-        except PeerError as error:
+        except (PeerError, BlipstreamError) as error:
             failed = True
             console.print(f"{name} failed: {error}", style="red", highlight=False)
     return int(failed)
@@ -187,6 +206,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--batches", nargs="+", type=int, default=BATCHES, choices=BATCHES, help="static ones, of answers"
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--apart", action="store_true", help="never both in memory, all rounds of one before the other")
     parser.add_argument("--answers", type=int, default=32, help="requests of a round of answers")
     parser.add_argument("--work", type=lambda text: Path(text).resolve(), default=Path(".work/compare").resolve())
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")

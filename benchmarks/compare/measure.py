@@ -66,32 +66,48 @@ class Rounds:
     """
 
     def __init__(self, task: Task, first: int, folder: Path, batch: int, on_round: Callable[[int], None]) -> None:
-        self._task = task
+        self.task = task
+        self.batch = batch or task.count
         self._first = first
         self._folder = folder
-        self._batch = batch or task.count
         self._on_round = on_round
 
     def run(self, peer: Asked, ours: Asked, count: int) -> Pair:
         """So many rounds, after one that is not counted; another side begins in each."""
-        sides: list[tuple[Asked, int]] = [(peer, self._batch), (ours, self._task.count)]
+        sides = [(peer, self.batch), (ours, self.task.count)]
         taken: list[list[tuple[float, Any]]] = [[], []]
         self._on_round(0)
-        warm_up = [_shortened(request, self._task.count) for request in self._requests(WARM_UP)]
         for side, batch in sides:
-            self._ask(side, warm_up[:batch], batch)
+            self._warm_up(side, batch)
         for number in range(count):
             self._on_round(number + 1)
-            requests = self._requests(number)
             for index in (0, 1) if number % 2 else (1, 0):
-                side, batch = sides[index]
-                started = time.perf_counter()
-                output = self._ask(side, requests, batch)
-                taken[index].append((time.perf_counter() - started, output))
+                taken[index].append(self._timed(*sides[index], number))
         return Pair(*(Side(*zip(*own, strict=True)) for own in taken))
 
+    def alone(self, side: Asked, batch: int, count: int) -> Side:
+        """The same rounds for one side."""
+        self._on_round(0)
+        self._warm_up(side, batch)
+        taken = []
+        for number in range(count):
+            self._on_round(number + 1)
+            taken.append(self._timed(side, batch, number))
+        return Side(*zip(*taken, strict=True))
+
+    def _warm_up(self, side: Asked, batch: int) -> None:
+        requests = [_shortened(request, self.task.count) for request in self._requests(WARM_UP)]
+        self._ask(side, requests[:batch], batch)
+
+    def _timed(self, side: Asked, batch: int, number: int) -> tuple[float, Any]:
+        """Seconds, and what was answered."""
+        requests = self._requests(number)
+        started = time.perf_counter()
+        output = self._ask(side, requests, batch)
+        return time.perf_counter() - started, output
+
     def _requests(self, number: int) -> Requests:
-        return self._task.requests(self._first + number, self._folder)
+        return self.task.requests(self._first + number, self._folder)
 
     def _ask(self, side: Asked, requests: Requests, batch: int) -> Any:
         """Tokens, or the array; batches of arrays are not asked for."""
@@ -99,7 +115,7 @@ class Rounds:
         tokens: list[list[int]] = []
         for start in range(0, len(requests), batch):
             part = requests[start : start + batch]
-            found = side.ask({"task": self._task.name, "requests": part, "output": str(file)})
+            found = side.ask({"task": self.task.name, "requests": part, "output": str(file)})
             if "tokens" not in found:
                 return np.load(file)
             tokens += found["tokens"]

@@ -15,6 +15,7 @@ from blipstream_client import Client
 
 from benchmarks.compare.process import resident
 from benchmarks.compare.programs.protocol import Job
+from blipstream.config import ServerConfig
 from blipstream.contract import IMAGE, IMAGE_EMBEDS, IMAGE_FEATURES, PIXEL_VALUES, SOFT_TOKENS, VISION_ENCODER
 from blipstream.triton.server import TritonServer
 
@@ -27,7 +28,7 @@ class Blipstream:
     """A server of a bundle; a context manager. It answers what :class:`benchmarks.compare.process.Peer` answers."""
 
     def __init__(self, bundle: Path) -> None:
-        self._server = TritonServer(bundle)
+        self._server = TritonServer(bundle, config=ServerConfig(request_timeout=_TIMEOUT_S))
         self.versions = {"blipstream": version("blipstream"), "onnxruntime": version("onnxruntime")}
 
     def __enter__(self) -> Blipstream:

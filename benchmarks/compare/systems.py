@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.compare import environments
 from benchmarks.compare.process import Peer
-from benchmarks.compare.tasks import ANSWERS, CAPTION, FEATURES, LANGUAGE, VISION
+from benchmarks.compare.tasks import ANSWERS, CAPTION, FEATURES, LANGUAGE, VISION, VQA
 
 _LANGUAGE = tuple(f"{LANGUAGE}-{rows}" for rows in (1, 4, 16))
 
@@ -39,13 +39,14 @@ class System:
 
 
 BATCHES = (1, 4, 16)
-_BATCHED = tuple(f"{ANSWERS}:{size}" for size in BATCHES)
+_BATCHED = tuple(f"{task}:{size}" for task in (VQA, ANSWERS) for size in BATCHES)
 SYSTEMS = {
     "transformers-fp32": System("transformers", "huggingface", ("fp32", "eager"), (FEATURES, CAPTION, *_BATCHED)),
     "transformers-bf16": System("transformers", "huggingface", ("bf16", "eager"), (FEATURES, CAPTION, *_BATCHED)),
     "transformers-bf16-compiled": System("transformers", "huggingface", ("bf16", "compiled"), (FEATURES, CAPTION)),
     "transformers-fp32-compiled": System("transformers", "huggingface", ("fp32", "compiled"), (FEATURES, CAPTION)),
-    "naive-triton-bf16": System(environments.PROJECT, "naive_triton", ("bf16",), (CAPTION, ANSWERS)),
+    "naive-triton-fp32": System(environments.PROJECT, "naive_triton", ("fp32",), (CAPTION, VQA, ANSWERS)),
+    "naive-triton-bf16": System(environments.PROJECT, "naive_triton", ("bf16",), (CAPTION, VQA, ANSWERS)),
     "openvino-fp32": System("openvino", "vision", ("WORK", "fp32"), (VISION,)),
     "openvino-int8": System("openvino", "vision", ("WORK", "int8"), (VISION,)),
     "ctranslate2-int8": System("ctranslate2", "language", ("WORK", "int8"), _LANGUAGE),

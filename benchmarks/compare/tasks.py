@@ -20,6 +20,9 @@ _FIRST_WORD, _WORDS = 300, 30_000
 _PICTURES = Sizes((320, 240), (1024, 768))
 _QUESTION_BYTES = Lengths(11, 4)
 """Tokens of a question in a published model's tokenizer; a random checkpoint's has one for each byte."""
+_LETTERS = list("abcdefgh ijklmno")
+QUESTIONS = 4
+"""About each image, of VQA; its data sets have five."""
 _ANSWER_TOKENS = Lengths(20, 10)
 
 Requests = list[dict[str, Any]]
@@ -67,14 +70,14 @@ def _features(number: int, count: int, folder: Path) -> Requests:
     return [{"image": path} for path in _images(number, count, folder)]
 
 
-def _answers(number: int, count: int, folder: Path) -> Requests:
+def _answers(per_image: int, number: int, count: int, folder: Path) -> Requests:
     rng = np.random.default_rng(number)
-    letters = [bytes(rng.choice(list(b"abcdefghij klmno"), size)).decode() for size in _QUESTION_BYTES.draw(rng, count)]
+    letters = ["".join(rng.choice(_LETTERS, size)) for size in _QUESTION_BYTES.draw(rng, count)]
     lengths = _ANSWER_TOKENS.draw(rng, count)
-    images = _images(number, count, folder)
+    images = _images(number, -(-count // per_image), folder)
     return [
-        {"image": path, "prompt": f"q{text}?", "tokens": tokens}
-        for path, text, tokens in zip(images, letters, lengths, strict=True)
+        {"image": images[index // per_image], "prompt": f"q{text}?", "tokens": tokens}
+        for index, (text, tokens) in enumerate(zip(letters, lengths, strict=True))
     ]
 
 
@@ -92,7 +95,7 @@ def _vision(side: int, number: int, count: int, folder: Path) -> Requests:
     return [{"pixels": str(path)} for path in paths]
 
 
-FEATURES, VISION, CAPTION, ANSWERS, LANGUAGE = "features", "vision", "caption", "answers", "language"
+FEATURES, VISION, CAPTION, ANSWERS, VQA, LANGUAGE = "features", "vision", "caption", "answers", "vqa", "language"
 
 
 def make_tasks(answers: int, side: int) -> dict[str, Task]:
@@ -104,7 +107,8 @@ def make_tasks(answers: int, side: int) -> dict[str, Task]:
     """
     single = {FEATURES: _features, VISION: partial(_vision, side), CAPTION: _captions}
     tasks = {name: Task(name, 1, make) for name, make in single.items()}
-    tasks[ANSWERS] = Task(ANSWERS, answers, _answers)
+    tasks[ANSWERS] = Task(ANSWERS, answers, partial(_answers, 1))
+    tasks[VQA] = Task(VQA, answers, partial(_answers, QUESTIONS))
     for rows in (1, 4, 16):
         tasks[f"{LANGUAGE}-{rows}"] = Task(LANGUAGE, rows, _language)
     return tasks

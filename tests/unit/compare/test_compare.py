@@ -101,6 +101,15 @@ def test_rounds_ask_both_sides_the_same_in_turn(tmp_path: Path) -> None:
     assert [len(ids) for ids in pair.peer.outputs[1]] == [10, 11, 12, 13, 14]
 
 
+def test_each_side_may_be_asked_alone(tmp_path: Path) -> None:
+    together, alone = Fake(), Fake()
+    rounds = Rounds(TASK, first=0, folder=tmp_path, batch=2, on_round=lambda _: None)
+    pair = rounds.run(together, Fake(), count=2)
+    side = rounds.alone(alone, rounds.batch, count=2)
+    assert alone.jobs == together.jobs
+    assert side.outputs == pair.peer.outputs
+
+
 def test_answers_of_another_length_are_not_compared(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="answers must have"):
         Rounds(TASK, 0, tmp_path, 0, lambda _: None).run(Fake(), Fake(short=1), 1)
@@ -120,8 +129,17 @@ def test_requests_are_the_same_each_time_and_others_in_each_round(name: str, tmp
     assert len(first) == task.count
     assert first == again != other
     files = [request.get("image", request.get("pixels")) for request in first]
-    assert len(set(files)) == task.count or name.startswith("language")
-    assert (tokens_of(first) > 0) == name.startswith(("caption", "answers", "language"))
+    assert len(set(files)) == (1 if name == "vqa" or name.startswith("language") else task.count)
+    assert (tokens_of(first) > 0) == name.startswith(("caption", "answers", "vqa", "language"))
+
+
+def test_questions_are_as_long_as_real_ones(tmp_path: Path) -> None:
+    questions = make_tasks(200, 28)["vqa"].requests(0, tmp_path)
+    lengths = [len(question["prompt"].encode()) for question in questions]
+    assert 12 < sum(lengths) / len(lengths) < 14, "11 and the two around them"
+    assert len(set(lengths)) > 5
+    assert all(question["prompt"].isprintable() for question in questions)
+    assert 18 < tokens_of(questions) / len(questions) < 22
 
 
 def test_every_system_has_its_program_and_tasks() -> None:
