@@ -13,8 +13,8 @@ import psutil
 import tritonclient.grpc as triton
 from blipstream_client import Client
 
-from benchmarks.compare.process import resident
 from benchmarks.compare.programs.protocol import Job
+from benchmarks.fullsize.measure import resident
 from blipstream.config import ServerConfig
 from blipstream.contract import IMAGE, IMAGE_EMBEDS, IMAGE_FEATURES, PIXEL_VALUES, SOFT_TOKENS, VISION_ENCODER
 from blipstream.triton.server import TritonServer

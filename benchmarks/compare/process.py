@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from benchmarks.compare.programs.protocol import Job
+from benchmarks.fullsize.measure import resident
 
 _ROOT = Path(__file__).resolve().parents[2]
 _GIB = 1 << 30
@@ -107,8 +108,3 @@ class Peer:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process.stdout.close()
-
-
-def resident(parent: psutil.Process) -> int:
-    """Bytes of a process and of all that it has started, shared pages once."""
-    return sum(process.memory_full_info().pss for process in (parent, *parent.children(recursive=True)))

@@ -105,13 +105,13 @@ def serve(
             chunks = list(client.stream(file.getvalue(), "", max_tokens=TOKENS, min_tokens=TOKENS))
             seconds.append(time.perf_counter() - sent)
             tokens.append(tuple(token for chunk in chunks for token in chunk.token_ids))
-        memory = _resident(psutil.Process())
+        memory = sum(map(resident, psutil.Process().children()))
     return Captions(tuple(seconds[1:]), memory, tuple(tokens[1:])), ready, setting
 
 
-def _resident(parent: psutil.Process) -> int:
-    """Of the processes that this one has started, shared pages once."""
-    return sum(child.memory_full_info().pss for child in parent.children(recursive=True))
+def resident(parent: psutil.Process) -> int:
+    """Bytes of a process and of all that it has started, shared pages once."""
+    return sum(process.memory_full_info().pss for process in (parent, *parent.children(recursive=True)))
 
 
 def generate(folder: Path, dtype: str, count: int, threads: int) -> Captions:

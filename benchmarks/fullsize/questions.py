@@ -9,15 +9,13 @@ from __future__ import annotations
 import io
 import statistics
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import tritonclient.grpc as triton
 from blipstream_client import Client
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.fullsize.measure import TOKENS, images
+from blipstream.bench.meter import Meter
 from blipstream.contract import QFORMER, VISION_ENCODER
 from blipstream.triton.server import TritonServer
 
@@ -68,13 +66,9 @@ def ask(server: TritonServer, count: int) -> Questions:
 def _engine_seconds(server: TritonServer) -> float:
     """Seconds in which an engine has run, since the server started."""
     time.sleep(_SETTLE_S)
-    with triton.InferenceServerClient(server.grpc_url) as client:
-        stats = [client.get_inference_statistics(model).model_stats[0] for model in (VISION_ENCODER, QFORMER)]
-    image_models = sum(batch.compute_infer.ns for model in stats for batch in model.batch_stats) / 1e9
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
-        families = {family.name: family for family in text_string_to_metric_families(response.read().decode())}
-    loop = sum(families[f"blipstream_{kind}_seconds"].samples[0].value for kind in ("prefill", "decode"))
-    return float(image_models + loop)
+    totals = Meter(server.grpc_url, server.metrics_url).read()
+    image_models = sum(totals.models[model].compute_ns for model in (VISION_ENCODER, QFORMER)) / 1e9
+    return image_models + totals.counters["prefill_seconds"] + totals.counters["decode_seconds"]
 
 
 def _png(image: object) -> bytes:
