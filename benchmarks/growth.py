@@ -3,7 +3,7 @@
     python -m benchmarks.growth CHECKPOINT BUNDLE [--curves flight known prompt image] [--max-in-flight 64]
 
 A real server of the bundle, one curve after the other; each point after requests that are not counted. Rows go to
-benchmarks/results/growth.csv, and one plot of the run beside it.
+benchmarks/results/growth.csv, and beside it a plot of the last curves of this checkpoint on this kind of machine.
 
 - ``flight``: clients that always have a request under way, each about an image of its own; answers of 20 tokens.
 - ``known``: the same about images that the server has seen before, so that the decode loop is all that works.
@@ -29,7 +29,7 @@ import tritonclient.grpc as triton
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.rows import Setting, append_rows
+from benchmarks.rows import Setting, append_rows, read_rows
 from benchmarks.run import RESULTS
 from benchmarks.setting import make_setting
 from blipstream.bench.figures import figures_of
@@ -183,11 +183,12 @@ _TITLES = {
 
 
 def draw(rows: Sequence[GrowthRow], path: Path) -> None:
-    """Draw the curves of a run as a PNG file."""
-    names = [name for name in CURVES if any(row.curve == name for row in rows)]
+    """Draw curves as a PNG file, each as the last of the runs that has it."""
+    last = {row.curve: row.date for row in rows}
+    names = [name for name in CURVES if name in last]
     figure = Figure(figsize=(4 * len(names), 3.6), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        own = [row for row in rows if row.curve == name]
+        own = [row for row in rows if (row.curve, row.date) == (name, last[name])]
         label, unit = _TITLES[name]
         values = [row.request_throughput if unit != "ms" else row.p50_ms for row in own]
         axes.plot([row.value for row in own], values, "o-", color="#0072b2", markersize=4)
@@ -196,7 +197,7 @@ def draw(rows: Sequence[GrowthRow], path: Path) -> None:
         axes.set_xscale("linear" if name == "prompt" else "log", **({} if name == "prompt" else {"base": 2}))
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    row = rows[0]
+    row = rows[-1]
     figure.suptitle(f"{row.checkpoint}; {row.device}, {row.cores} cores; {row.date}", fontsize=9)
     figure.savefig(path)
 
@@ -218,8 +219,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 console.print(name, figures)
         curves.close()
     append_rows(options.results / FILE, rows)
-    draw(rows, options.results / f"growth-{setting.checkpoint.rpartition('/')[2]}.png")
+    draw(_alike(read_rows(options.results / FILE, GrowthRow), setting), options.results / _plot_name(setting))
     return 0
+
+
+def _alike(rows: Sequence[GrowthRow], setting: Setting) -> list[GrowthRow]:
+    """Those of the same checkpoint on the same kind of machine."""
+    alike = (setting.checkpoint, setting.device, setting.cores)
+    return [row for row in rows if (row.checkpoint, row.device, row.cores) == alike]
+
+
+def _plot_name(setting: Setting) -> str:
+    return f"growth-{setting.checkpoint.rpartition('/')[2]}.png"
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

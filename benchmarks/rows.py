@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.harness import Figures
 
@@ -31,6 +32,11 @@ class Setting:
     transformers: str
     checkpoint: str
     command: str
+
+
+R = TypeVar("R", bound=Setting)
+_TYPES: Mapping[str, Callable[[str], object]] = {"int": int, "float": float, "str": str, "bool": "True".__eq__}
+"""By their annotations, which are strings here."""
 
 
 @dataclass(frozen=True)
@@ -146,18 +152,17 @@ def append_rows(path: Path, rows: Sequence[Setting]) -> None:
         writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, kind: type[R]) -> list[R]:
     """Read the rows of a CSV file.
 
     Raises:
-        ValueError: the file has other columns than a row.
+        ValueError: the file has other columns than a row of this kind.
     """
-    fields = dataclasses.fields(Row)
+    fields = dataclasses.fields(kind)
     _check_columns(path, [field.name for field in fields])
-    types = {"int": int, "float": float, "str": str}  # annotations are strings here
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            Row(**{field.name: types[str(field.type)](line[field.name]) for field in fields})
+            kind(**{field.name: _TYPES[str(field.type)](line[field.name]) for field in fields})
             for line in csv.DictReader(file)
         ]
 

@@ -4,7 +4,8 @@
 
 Each peer runs in a process of its own, in an environment of its own (made at the first run, under ``--work``), beside a
 server of the bundle; in each round both get the same requests, one after the other. A peer's process has a whole model
-in memory: OPT-2.7B takes 15 GiB in fp32. Rows are added to benchmarks/results/compare.csv task by task.
+in memory: OPT-2.7B takes 15 GiB in fp32. Rows are added to benchmarks/results/compare.csv task by task, and a plot of
+the last ones is drawn beside it.
 """
 
 from __future__ import annotations
@@ -23,52 +24,22 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.compare.measure import Pair, Rounds, likeness
+from benchmarks.compare.measure import Pair, Rounds
 from benchmarks.compare.ours import Blipstream
 from benchmarks.compare.process import Peer, PeerError
+from benchmarks.compare.rows import FILE, ComparedRow, draw, plot_name
 from benchmarks.compare.systems import BATCHES, ENGINE, SYSTEMS, System
 from benchmarks.compare.tasks import LANGUAGE, Task, make_tasks, tokens_of
-from benchmarks.rows import Setting, append_rows
+from benchmarks.likeness import likeness
+from benchmarks.memory import gib
+from benchmarks.rows import append_rows, read_rows
 from benchmarks.run import RESULTS
 from benchmarks.setting import make_setting
 from blipstream.errors import BlipstreamError
 from blipstream.manifest import Manifest
 
-FILE = "compare.csv"
 _SEEDS = 1000
 """Rounds that a task may have, with requests of their own."""
-
-
-@dataclass(frozen=True)
-class ComparedRow(Setting):
-    """One peer beside Blipstream, on one task; times are those of a whole round."""
-
-    task: str
-    system: str
-    versions: str
-    batch: int
-    """Requests that the peer is given at once; Blipstream is always given all, 16 at a time."""
-    requests: int
-    """Of a round."""
-    rounds: int
-    apart: bool
-    """Whether the two had the machine to themselves in turn, all rounds of one before those of the other."""
-    p50_s: float
-    blipstream_p50_s: float
-    tokens_per_s: float
-    blipstream_tokens_per_s: float
-    ratio: float
-    """How many times as long the peer takes in the same round, the median; so are the next two, the extremes."""
-    ratio_min: float
-    ratio_max: float
-    reference: str
-    """The system whose outputs all of a task are compared with."""
-    agreement: float
-    """Cosine of arrays, of the worst round; of tokens the share that is the same, up to the first that differs."""
-    blipstream_agreement: float
-    memory_gib: float
-    """Resident when the rounds are done, of all of a system's processes."""
-    blipstream_memory_gib: float
 
 
 @dataclass(frozen=True)
@@ -77,8 +48,8 @@ class Measured:
 
     pair: Pair
     versions: Mapping[str, str]
-    peer_gib: float
-    ours_gib: float
+    peer_bytes: int
+    ours_bytes: int
 
 
 class Comparison:
@@ -89,7 +60,7 @@ class Comparison:
         self._console = console
         self._work: Path = options.work
         self._threads = len(os.sched_getaffinity(0))
-        self._setting = make_setting(None, options.checkpoint, self._threads, command, os.getloadavg()[0])
+        self.setting = make_setting(None, options.checkpoint, self._threads, command, os.getloadavg()[0])
         self._tasks = make_tasks(options.answers, Manifest.load(options.bundle).image.size)
         self._references: dict[str, tuple[str, Sequence[Any]]] = {}
 
@@ -125,22 +96,22 @@ class Comparison:
         """Both in memory, in turn."""
         with self._ours(rounds.task) as ours:
             pair = rounds.run(peer, ours, self._options.rounds)
-            return Measured(pair, peer.versions, peer.memory_gib(), ours.memory_gib())
+            return Measured(pair, peer.versions, peer.memory_bytes(), ours.memory_bytes())
 
     def _apart(self, system: System, name: str, rounds: Rounds) -> Measured:
         """One after the other, each with the machine to itself."""
         with self._start(system, name) as peer:
             theirs = rounds.alone(peer, rounds.batch, self._options.rounds)
-            versions, memory = peer.versions, peer.memory_gib()
+            versions, memory = peer.versions, peer.memory_bytes()
         with self._ours(rounds.task) as ours:
             pair = Pair(theirs, rounds.alone(ours, rounds.task.count, self._options.rounds))
-            return Measured(pair, versions, memory, ours.memory_gib())
+            return Measured(pair, versions, memory, ours.memory_bytes())
 
     def _row(self, name: str, task_name: str, batch: int, measured: Measured, tokens: float) -> ComparedRow:
         pair, task = measured.pair, self._tasks[task_name]
         reference, outputs = self._references.setdefault(task_name, (name, pair.peer.outputs))
         return ComparedRow(
-            **dataclasses.asdict(self._setting),
+            **dataclasses.asdict(self.setting),
             task=task_name,
             system=name,
             versions=" ".join(f"{package} {version}" for package, version in measured.versions.items()),
@@ -158,8 +129,8 @@ class Comparison:
             reference=reference,
             agreement=round(likeness(pair.peer.outputs, outputs), 4),
             blipstream_agreement=round(likeness(pair.ours.outputs, outputs), 4),
-            memory_gib=round(measured.peer_gib, 2),
-            blipstream_memory_gib=round(measured.ours_gib, 2),
+            memory_gib=gib(measured.peer_bytes),
+            blipstream_memory_gib=gib(measured.ours_bytes),
         )
 
     def _ours(self, task: Task) -> AbstractContextManager[Any]:
@@ -192,6 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (PeerError, BlipstreamError) as error:
             failed = True
             console.print(f"{name} failed: {error}", style="red", highlight=False)
+    if (options.results / FILE).exists():
+        rows = read_rows(options.results / FILE, ComparedRow)
+        draw(rows, comparison.setting, options.results / plot_name(comparison.setting))
     return int(failed)
 
 

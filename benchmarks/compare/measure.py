@@ -1,10 +1,10 @@
-"""A peer and Blipstream, round by round in turn, on the same requests; and whether they say the same."""
+"""A peer and Blipstream, round by round in turn, on the same requests."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks.compare.tasks import Requests, Task, tokens_of
-from benchmarks.fullsize.measure import agreement
 
 WARM_UP = 999
 """Number of the round that is not counted."""
@@ -123,18 +122,6 @@ class Rounds:
         if sum(lengths) != tokens_of(requests):
             raise ValueError(f"answers must have {[r['tokens'] for r in requests]} tokens, but they have {lengths}")
         return tokens
-
-
-def likeness(outputs: Sequence[Any], reference: Sequence[Any]) -> float:
-    """Cosine of arrays, the least of all rounds; of tokens the share that is the same up to the first that differs."""
-    if isinstance(outputs[0], np.ndarray):
-        return min(_cosine(own.ravel(), other.ravel()) for own, other in zip(outputs, reference, strict=True))
-    ours, theirs = ([tuple(ids) for tokens in side for ids in tokens] for side in (outputs, reference))
-    return agreement(ours, theirs)
-
-
-def _cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def _shortened(request: dict[str, Any], count: int) -> dict[str, Any]:

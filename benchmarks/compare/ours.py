@@ -14,7 +14,7 @@ import tritonclient.grpc as triton
 from blipstream_client import Client
 
 from benchmarks.compare.programs.protocol import Job
-from benchmarks.fullsize.measure import resident
+from benchmarks.memory import resident
 from blipstream.config import ServerConfig
 from blipstream.contract import IMAGE, IMAGE_EMBEDS, IMAGE_FEATURES, PIXEL_VALUES, SOFT_TOKENS, VISION_ENCODER
 from blipstream.triton.server import TritonServer
@@ -58,9 +58,9 @@ class Blipstream:
         with ThreadPoolExecutor(min(CLIENTS, len(requests))) as clients:
             return {"tokens": list(clients.map(self._generate, requests))}
 
-    def memory_gib(self) -> float:
+    def memory_bytes(self) -> int:
         """Resident, of the server's processes, shared pages once."""
-        return sum(map(resident, self._processes)) / (1 << 30)
+        return sum(map(resident, self._processes))
 
     def _infer(self, model: str, name: str, value: np.ndarray[Any, Any], output: str) -> np.ndarray[Any, Any]:
         tensor = triton.InferInput(name, value.shape, "BYTES" if value.dtype == np.object_ else "FP32")

@@ -15,10 +15,9 @@ from typing import Any
 import psutil
 
 from benchmarks.compare.programs.protocol import Job
-from benchmarks.fullsize.measure import resident
+from benchmarks.memory import resident
 
 _ROOT = Path(__file__).resolve().parents[2]
-_GIB = 1 << 30
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 _PATIENCE_S = 30.0
 
@@ -83,9 +82,9 @@ class Peer:
             pass  # reading says that it has ended
         return self._read()
 
-    def memory_gib(self) -> float:
+    def memory_bytes(self) -> int:
         """Resident, of it and what it has started, shared pages once."""
-        return resident(psutil.Process(self._process.pid)) / _GIB
+        return resident(psutil.Process(self._process.pid))
 
     def _read(self) -> Mapping[str, Any]:
         assert self._process.stdout is not None

@@ -24,9 +24,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.fullsize.measure import Built, Captions, agreement, build, bundle_bytes, generate, serve
+from benchmarks.fullsize.measure import Built, Captions, build, bundle_bytes, generate, serve
 from benchmarks.fullsize.questions import ask
 from benchmarks.fullsize.stages import STEP, bandwidth, bandwidth_share, step_bytes, time_stages
+from benchmarks.likeness import agreement
+from benchmarks.memory import gib
 from benchmarks.rows import Setting, append_rows
 from benchmarks.run import RESULTS
 from benchmarks.setting import make_setting
@@ -202,14 +204,15 @@ def _run(options: argparse.Namespace, command: str) -> list[FullSizeRow]:
     captions, ready, setting = serve(options.bundle, options.captions, options.folder, threads, command, load)
     systems = {f"blipstream-{options.precision}": captions}
     for dtype in options.peers:
-        systems[f"transformers-{dtype}"] = generate(options.folder, dtype, options.captions, threads)
+        log = options.bundle.with_name(f"{options.bundle.name}-{dtype}.log")
+        systems[f"transformers-{dtype}"] = generate(options.folder, dtype, options.captions, threads, log)
     exact = systems.get("transformers-fp32")
     rows = [_row(setting, name, own, captions, exact) for name, own in systems.items()]
     first = dataclasses.replace(
         rows[0],
         build_s=round(built.seconds, 1),
-        build_peak_gib=_gib(built.peak_bytes),
-        bundle_gib=_gib(bundle_bytes(options.bundle)),
+        build_peak_gib=gib(built.peak_bytes),
+        bundle_gib=gib(bundle_bytes(options.bundle)),
         start_s=round(ready, 1),
     )
     return [first, *rows[1:]]
@@ -221,7 +224,7 @@ def _row(setting: Setting, system: str, own: Captions, ours: Captions, exact: Ca
         system=system,
         captions=len(own.seconds),
         caption_p50_s=round(own.median, 3),
-        memory_gib=_gib(own.memory_bytes),
+        memory_gib=gib(own.memory_bytes),
         caption_ratio=round(own.median / ours.median, 3),
         tokens_equal=round(agreement(own.token_ids, exact.token_ids), 4) if exact else float("nan"),
         build_s=0,
@@ -229,10 +232,6 @@ def _row(setting: Setting, system: str, own: Captions, ours: Captions, exact: Ca
         bundle_gib=0,
         start_s=0,
     )
-
-
-def _gib(count: float) -> float:
-    return round(count / (1 << 30), 2)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 from blipstream_client import Client
 from PIL import Image
 
+from benchmarks.compare.process import Peer
+from benchmarks.compare.tasks import CAPTION
+from benchmarks.memory import resident
 from benchmarks.rows import Setting
 from benchmarks.setting import make_setting
 from blipstream.triton.server import TritonServer
@@ -109,23 +110,22 @@ def serve(
     return Captions(tuple(seconds[1:]), memory, tuple(tokens[1:])), ready, setting
 
 
-def resident(parent: psutil.Process) -> int:
-    """Bytes of a process and of all that it has started, shared pages once."""
-    return sum(process.memory_full_info().pss for process in (parent, *parent.children(recursive=True)))
+def generate(checkpoint: Path, dtype: str, count: int, threads: int, log: Path) -> Captions:
+    """The same by transformers, in a process of its own, of which ``log`` takes what it prints.
 
-
-def generate(folder: Path, dtype: str, count: int, threads: int) -> Captions:
-    """The same by transformers, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.fullsize.peer", str(folder), dtype, str(count), str(threads)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return Captions(tuple(found["seconds"]), found["memory"], tuple(map(tuple, found["token_ids"])))
-
-
-def agreement(ours: Sequence[tuple[int, ...]], theirs: Sequence[tuple[int, ...]]) -> float:
-    """Share of the tokens that are the same, up to the first that differs in each caption."""
-    same = total = 0
-    for a, b in zip(ours, theirs, strict=True):
-        total += len(b)
-        same += next((i for i, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), len(b))
-    return same / total
+    Raises:
+        PeerError: it failed.
+    """
+    seconds, tokens = [], []
+    options = [str(checkpoint), str(threads), dtype, "eager"]
+    command = [sys.executable, "-m", "benchmarks.compare.programs.huggingface", *options]
+    with tempfile.TemporaryDirectory() as folder, Peer(command, log, threads) as peer:
+        path = Path(folder, "image.png")
+        for image in images(count + 1):
+            image.save(path)
+            sent = time.perf_counter()
+            answer = peer.ask({"task": CAPTION, "requests": [{"image": str(path), "prompt": "", "tokens": TOKENS}]})
+            seconds.append(time.perf_counter() - sent)
+            tokens.append(tuple(answer["tokens"][0]))
+        memory = peer.memory_bytes()
+    return Captions(tuple(seconds[1:]), memory, tuple(tokens[1:]))

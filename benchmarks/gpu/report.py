@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fullsize.measure import agreement
 from benchmarks.gpu import parts as names
 from benchmarks.gpu import roofline
 from benchmarks.gpu.environment import Environment
@@ -19,6 +18,7 @@ from benchmarks.gpu.parts import Part, Plan
 from benchmarks.gpu.plots import draw_all
 from benchmarks.gpu.rows import CAPTION, FILE, Row, read_rows, write_rows
 from benchmarks.gpu.runner import Outcome
+from benchmarks.likeness import agreement
 
 REPORT_FILE, ENVIRONMENT_FILE, ALL_ROWS_FILE, ROOFLINE_FILE = (
     "report.md",

@@ -178,7 +178,7 @@ def test_rows_are_appended_and_read_again(tmp_path: Path) -> None:
     rows = rows_of({"ours": [3.0], "slow": [1.0], "fast": [2.0]})
     append_rows(path, rows[:1])
     append_rows(path, rows[1:])
-    assert read_rows(path) == rows
+    assert read_rows(path, Row) == rows
 
 
 def test_rows_of_other_columns_are_refused(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_quick_run(tmp_path: Path) -> None:
     subprocess.run([*command, "--results", tmp_path / "results"], cwd=REPOSITORY, check=True)
     with (tmp_path / "results" / "serving.csv").open(newline="") as file:
         assert next(csv.reader(file)) == [field.name for field in dataclasses.fields(Row)]
-    rows = read_rows(tmp_path / "results" / "serving.csv")
+    rows = read_rows(tmp_path / "results" / "serving.csv", Row)
     assert {row.system for row in rows} == {
         "blipstream",
         "transformers-sequential",

@@ -12,7 +12,8 @@ from blipstream_export.weights import read_headers
 from transformers import T5Config, T5ForConditionalGeneration
 
 from benchmarks.fullsize import checkpoint as checkpoints
-from benchmarks.fullsize.measure import TOKENS, Captions, agreement
+from benchmarks.fullsize.measure import TOKENS, Captions
+from benchmarks.likeness import agreement
 
 
 @pytest.mark.parametrize("kind", checkpoints.KINDS)
