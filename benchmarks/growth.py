@@ -5,8 +5,8 @@
 A real server of the bundle, one curve after the other; each point after requests that are not counted. Rows go to
 benchmarks/results/growth.csv, and beside it a plot of the last curves of this checkpoint on this kind of machine.
 
-- ``flight``: clients that always have a request under way, each about an image of its own; answers of 20 tokens.
-- ``known``: the same about images that the server has seen before, so that the decode loop is all that works.
+- ``flight``: clients that always have a request under way, each for a caption of 20 tokens of an image of its own.
+- ``known``: a short question about an image that the server has seen before, so that the decode loop is all that works.
 - ``prompt``: a question of so many tokens about a known image, one at a time; an answer of one token.
 - ``image``: a JPEG file of so many pixels, decoded and made the pixels of the ViT (``preprocess``), one at a time.
 """
@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ import tritonclient.grpc as triton
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from benchmarks.fullsize.questions import QUESTIONS
 from benchmarks.rows import Setting, append_rows, read_rows
 from benchmarks.run import RESULTS
 from benchmarks.setting import make_setting
@@ -134,9 +135,11 @@ class Curves:
     def _in_flight(self, images: int | None, seed: int) -> Iterator[Point]:
         for part, clients in enumerate(count for count in FLIGHT if count <= self._most):
             count = max(_FEWEST, 2 * clients)
-            workload = Workload(images or count, _PICTURES, Lengths(2), Lengths(ANSWER_TOKENS), seed)
+            workload = Workload(images or count, _PICTURES, None, Lengths(ANSWER_TOKENS), seed)
             # images that the server is to know are those of every point
             requests = workload.requests(count, 0 if images else part + 1)
+            if images:
+                requests = [replace(request, prompt=QUESTIONS[i % 2]) for i, request in enumerate(requests)]
             self._send(requests[:2] if images else workload.requests(2, 0), 1)
             time.sleep(_SETTLE_S)
             before = self._meter.read()
@@ -211,14 +214,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with TritonServer(options.bundle, config=ServerConfig(request_timeout=_TIMEOUT_S)) as server:
         setting = make_setting(server, options.checkpoint, len(os.sched_getaffinity(0)), command, load)
         curves = Curves(server, options.max_in_flight, options.max_prompt)
-        rows: list[GrowthRow] = []
         for name in options.curves:
             for point in getattr(curves, name)():
                 figures = {key: round(value, 4) for key, value in dataclasses.asdict(point).items()}
-                rows.append(GrowthRow(**dataclasses.asdict(setting), curve=name, **figures))
-                console.print(name, figures)
+                row = GrowthRow(**dataclasses.asdict(setting), curve=name, **figures)
+                append_rows(options.results / FILE, [row])
+                console.print(" ".join([name, *(f"{key} {value:g}" for key, value in figures.items())]))
         curves.close()
-    append_rows(options.results / FILE, rows)
     draw(_alike(read_rows(options.results / FILE, GrowthRow), setting), options.results / _plot_name(setting))
     return 0
 

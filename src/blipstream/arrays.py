@@ -26,6 +26,9 @@ class ArrayCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
     def get(self, key: bytes) -> Array | None:
         """The array of a key, which counts as used now; None when it is not kept."""
         if key not in self._entries:

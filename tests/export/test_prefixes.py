@@ -70,19 +70,46 @@ def check(logits: np.ndarray, model: Any, prompt: Prompt, generated: Sequence[in
 
 
 @torch.no_grad()
-def test_prompts_that_come_together_are_read_together_and_known_afterwards(load: Callable[..., RowDecoder]) -> None:
+@pytest.mark.parametrize("language", ["opt", "llama"])
+def test_prompts_that_come_together_share_what_is_known(language: str, load: Callable[..., RowDecoder]) -> None:
+    """Those of one image read its soft tokens once, wherever they stand; further ones, of two images, not at all."""
+    model = make_model(language)
+    decoder = load(language, model)
+    image, other = make_prompts(model, [(4, 1), (3, 1)])
+    together = [*about(image, [3, 9, 11]), *about(image, [8, 8]), *about(other, [5])]
+    check_all(decoder, model, together)
+    assert hits(decoder) == 1
+    check_all(decoder, model, [*about(other, [1, 2]), *about(image, [1, 2])])
+    assert hits(decoder) == 3
+    (third,) = make_prompts(model, [(2, 4)])
+    check_all(decoder, model, [*about(image, [6]), third, *about(other, [5, 6, 7])])
+    assert hits(decoder) == 5
+    decoder.close()
+
+
+@torch.no_grad()
+def test_what_is_dropped_in_between_is_read_again(load: Callable[..., RowDecoder]) -> None:
+    """With room for one image, the second's soft tokens drop the first's, which another prompt was to go on behind."""
     model = make_model("opt")
     decoder = load("opt", model)
-    image, other = make_prompts(model, [(4, 1), (3, 1)])
-    together = [*about(image, [3, 9, 11]), *about(other, [5]), *about(image, [8, 8])]
-    for _ in range(2):
-        for prompt, logits in zip(together, decoder.prefill(0, together), strict=True):
-            check(logits, model, prompt)
-    assert hits(decoder) == 0
-    for prompt in (*about(other, [1, 2]), *about(image, [1, 2])):
-        check(decoder.prefill(1, [prompt])[0], model, prompt)
-    assert hits(decoder) == 2
+    image, other = make_prompts(model, [(4, 1), (4, 1)])
+    decoder.prefill(0, [image])
+    size = int(decoder.prefix_gauges()["prefix_cache_bytes"])
     decoder.close()
+    for budget, found in ((size, 0), (size - 1, 0), (2 * size, 1)):
+        decoder = load("opt", model, budget)
+        check_all(decoder, model, [*about(image, [3]), *about(other, [5]), *about(image, [8, 8])])
+        assert hits(decoder) == found
+        decoder.close()
+
+
+def check_all(decoder: RowDecoder, model: Any, prompts: Sequence[Prompt]) -> None:
+    """The logits of prompts that come together, and of the step behind them."""
+    for prompt, logits in zip(prompts, decoder.prefill(0, prompts), strict=True):
+        check(logits, model, prompt)
+    tokens, lengths = np.arange(2, 2 + len(prompts)), np.array([prompt.num_tokens for prompt in prompts])
+    for prompt, token, logits in zip(prompts, tokens.tolist(), decoder.decode(tokens, lengths), strict=True):
+        check(logits, model, prompt, [token])
 
 
 @torch.no_grad()

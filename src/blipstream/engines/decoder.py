@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -168,15 +169,31 @@ class CachedDecoder(RowDecoder):
     def prefill(self, first_row: int, prompts: Sequence[Prompt]) -> Logits:
         """See :meth:`RowDecoder.prefill`.
 
-        A prompt that comes alone, and whose soft tokens are known, goes on behind them. Prompts that come together are
-        filled in together: the graph continues one row at a time, and would read all weights for each.
+        Neighbours whose soft tokens are new are filled in together. Each of the others goes on behind what is known of
+        its soft tokens, alone, as the graph wants it: to read all weights costs less than an image's tokens.
         """
-        known = len(prompts) == 1 and self._prefixes is not None and self._prefixes.restore(first_row, prompts[0])
-        inputs = self._continuation(prompts[0]) if known else prefill_inputs(prompts)
-        self._bind(inputs, first_row, len(prompts)).run()
-        if self._prefixes is not None and not known:
-            self._prefixes.keep(first_row, prompts)
+        known = frozenset() if self._prefixes is None else self._prefixes.find(prompts)
+        for is_known, group in groupby(range(len(prompts)), known.__contains__):
+            if not is_known:
+                rows = list(group)
+                self._read(first_row + rows[0], prompts[rows[0] : rows[-1] + 1])
+        for row in sorted(known):
+            self._read_on(first_row + row, prompts[row])
         return self._logits.read(first_row, len(prompts))
+
+    def _read(self, first_row: int, prompts: Sequence[Prompt]) -> None:
+        """Fill rows ``first_row ..`` with whole prompts, all at once."""
+        self._bind(prefill_inputs(prompts), first_row, len(prompts)).run()
+        if self._prefixes is not None:
+            self._prefixes.keep(first_row, prompts)
+
+    def _read_on(self, row: int, prompt: Prompt) -> None:
+        """Fill a row with a prompt whose soft tokens are known, unless they have been dropped since."""
+        assert self._prefixes is not None
+        if self._prefixes.restore(row, prompt):
+            self._bind(self._continuation(prompt), row, 1).run()
+        else:
+            self._read(row, [prompt])
 
     def prefix_gauges(self) -> dict[str, float]:
         """See :meth:`RowDecoder.prefix_gauges`."""

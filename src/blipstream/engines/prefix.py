@@ -30,6 +30,11 @@ class PrefixCache:
         self._kept = ArrayCache(max_bytes)
         self._num_hits = 0
 
+    def find(self, prompts: Sequence[Prompt]) -> frozenset[int]:
+        """Which prompts have soft tokens that are kept, or are those of a prompt before them."""
+        keys = [_key(prompt.soft_tokens) for prompt in prompts]
+        return frozenset(row for row, key in enumerate(keys) if key in self._kept or key in keys[:row])
+
     def restore(self, row: int, prompt: Prompt) -> bool:
         """Write what is kept of a prompt's soft tokens to the beginning of a row; return whether something is."""
         prefix = self._kept.get(_key(prompt.soft_tokens))
