@@ -14,10 +14,11 @@ import pytest
 
 from benchmarks.compare import environments, measure
 from benchmarks.compare.__main__ import main
-from benchmarks.compare.measure import Rounds, likeness
+from benchmarks.compare.measure import Rounds
 from benchmarks.compare.process import Peer, PeerError
 from benchmarks.compare.systems import SYSTEMS
 from benchmarks.compare.tasks import Task, make_tasks, tokens_of
+from benchmarks.likeness import likeness
 
 ECHO = [sys.executable, "-m", "tests.unit.compare.echo"]
 
