@@ -13,9 +13,16 @@ from blipstream_export.graphs import export_graph
 
 from blipstream.decoding.request import Prompt
 from blipstream.engines import RowDecoder, create_engine, load_decoder
+from blipstream.engines import decoder as decoders
 from tests.export.language_models import CAPACITY, CASES, VARIANTS, expected_logits, make_model, make_prompts, module_of
 
 MANY = 1 << 20
+
+
+@pytest.fixture
+def _large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models here count as large ones."""
+    monkeypatch.setattr(decoders, "LARGE", 1)
 
 
 @pytest.fixture
@@ -70,6 +77,7 @@ def check(logits: np.ndarray, model: Any, prompt: Prompt, generated: Sequence[in
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("_large")
 @pytest.mark.parametrize("language", ["opt", "llama"])
 def test_prompts_that_come_together_share_what_is_known(language: str, load: Callable[..., RowDecoder]) -> None:
     """Those of one image read its soft tokens once, wherever they stand; further ones, of two images, not at all."""
@@ -88,6 +96,22 @@ def test_prompts_that_come_together_share_what_is_known(language: str, load: Cal
 
 
 @torch.no_grad()
+def test_a_small_model_reads_prompts_that_come_together_together(load: Callable[..., RowDecoder]) -> None:
+    """And knows them afterwards, one by one."""
+    model = make_model("opt")
+    decoder = load("opt", model)
+    image, other = make_prompts(model, [(4, 1), (3, 1)])
+    for _ in range(2):
+        check_all(decoder, model, [*about(image, [3, 9, 11]), *about(other, [5]), *about(image, [8, 8])])
+    assert hits(decoder) == 0
+    for prompt in (*about(other, [1, 2]), *about(image, [1, 2])):
+        check(decoder.prefill(1, [prompt])[0], model, prompt)
+    assert hits(decoder) == 2
+    decoder.close()
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_large")
 def test_what_is_dropped_in_between_is_read_again(load: Callable[..., RowDecoder]) -> None:
     """With room for one image, the second's soft tokens drop the first's, which another prompt was to go on behind."""
     model = make_model("opt")

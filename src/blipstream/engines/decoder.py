@@ -24,6 +24,10 @@ from blipstream.engines.prefix import PrefixCache
 from blipstream.errors import EngineError
 from blipstream.manifest import DecoderSection
 
+LARGE = 4_000_000
+"""Layers times the square of their width, from which on a run's time is that of its weights or its tokens (OPT-125M has
+7 million): with fewer, prompts that come together are quicker together, whatever is known of them."""
+
 
 class RowDecoder(ABC):
     """Rows of a KV cache, and the graph that appends a token to each: what every language model has.
@@ -160,6 +164,7 @@ class CachedDecoder(RowDecoder):
         self._prefixes: PrefixCache | None = None
         if prefix_bytes and isinstance(self._cache, HostKVCache):
             self._prefixes = PrefixCache(self._cache, prefix_bytes)
+        self._is_large = sizes.num_layers * sizes.hidden_size**2 >= LARGE
         # A step has one token a row, so that its index is always 0; and of the soft tokens, of which the graph wants a
         # row, it looks up none.
         self._last_index = engine.allocate_host((sizes.max_sequences,), np.int64)
@@ -170,9 +175,10 @@ class CachedDecoder(RowDecoder):
         """See :meth:`RowDecoder.prefill`.
 
         Neighbours whose soft tokens are new are filled in together. Each of the others goes on behind what is known of
-        its soft tokens, alone, as the graph wants it: to read all weights costs less than an image's tokens.
+        its soft tokens, alone, as the graph wants it: to read all weights costs less than an image's tokens, unless
+        the model is so small that both are little beside starting a run.
         """
-        known = frozenset() if self._prefixes is None else self._prefixes.find(prompts)
+        known = self._known(prompts)
         for is_known, group in groupby(range(len(prompts)), known.__contains__):
             if not is_known:
                 rows = list(group)
@@ -180,6 +186,12 @@ class CachedDecoder(RowDecoder):
         for row in sorted(known):
             self._read_on(first_row + row, prompts[row])
         return self._logits.read(first_row, len(prompts))
+
+    def _known(self, prompts: Sequence[Prompt]) -> frozenset[int]:
+        """Which of the prompts are to go on behind what is known."""
+        if self._prefixes is None or (len(prompts) > 1 and not self._is_large):
+            return frozenset()
+        return self._prefixes.find(prompts)
 
     def _read(self, first_row: int, prompts: Sequence[Prompt]) -> None:
         """Fill rows ``first_row ..`` with whole prompts, all at once."""
