@@ -42,6 +42,8 @@ class ServerConfig:
     """Bytes of an encoded image at most."""
     max_image_pixels: int = 64_000_000
     """Pixels of an image at most, known from its header before it is decoded."""
+    jpeg_oversampling: int = 0
+    """Large JPEG files are decoded at a reduced size, so many times that of the model's image at least; 0: whole."""
     max_text_bytes: int = 64 << 10
     """Bytes of a prompt, and of all stop words or bad words together, at most."""
     stop_grace: float = 2.0

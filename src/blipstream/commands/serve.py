@@ -40,6 +40,13 @@ def serve(
     ] = _DEFAULTS.prefix_bytes,
     max_image_bytes: Annotated[int, typer.Option(help="Bytes of an image at most.")] = _DEFAULTS.max_image_bytes,
     max_image_pixels: Annotated[int, typer.Option(help="Pixels of an image at most.")] = _DEFAULTS.max_image_pixels,
+    jpeg_oversampling: Annotated[
+        int,
+        typer.Option(
+            help="Decode large JPEG files at a reduced size, so many times that of the model's image at least (2 is "
+            "next to exact); 0 decodes them whole."
+        ),
+    ] = _DEFAULTS.jpeg_oversampling,
     stop_grace: Annotated[
         float, typer.Option(help="Seconds that running sequences have to end when the server stops.")
     ] = _DEFAULTS.stop_grace,
@@ -58,6 +65,7 @@ def serve(
             prefix_bytes=prefix_bytes,
             max_image_bytes=max_image_bytes,
             max_image_pixels=max_image_pixels,
+            jpeg_oversampling=jpeg_oversampling,
             stop_grace=stop_grace,
         )
         from blipstream.triton.server import TritonServer

@@ -26,7 +26,7 @@ class PreprocessModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Read the image section of the manifest, and the limits."""
         folder = ModelFolder(args)
-        self._transform = ImageTransform(folder.manifest.image)
+        self._transform = ImageTransform(folder.manifest.image, folder.config.jpeg_oversampling)
         self._limits = ImageLimits(folder.config.max_image_bytes, folder.config.max_image_pixels)
         limit_pillow(self._limits)
         self._pool = ThreadPoolExecutor(folder.threads, "image-decoder")

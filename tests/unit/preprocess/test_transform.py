@@ -141,3 +141,30 @@ def test_animation_gives_its_first_frame(file_format: str) -> None:
 def test_strips(source: tuple[int, int]) -> None:
     image = random_image("RGB", source)
     np.testing.assert_array_equal(ImageTransform(section()).decode(encoded(image)), reference(image))
+
+
+def photograph(size: tuple[int, int]) -> Image.Image:
+    """Soft shapes with some grain."""
+    layers = random_image("RGB", (7, 5)).resize(size, Image.Resampling.BICUBIC)
+    return Image.blend(layers, random_image("RGB", size, seed=1), 0.05)
+
+
+@pytest.mark.parametrize(("mode", "orientation"), [("RGB", 1), ("RGB", 6), ("L", 1), ("CMYK", 1)])
+@pytest.mark.parametrize(("oversampling", "decoded"), [(1, (300, 225)), (2, (600, 450)), (4, (1200, 900))])
+def test_large_jpegs_may_be_decoded_at_a_reduced_size(
+    mode: str, orientation: int, oversampling: int, decoded: tuple[int, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = encoded(photograph((2400, 1800)).convert(mode), "JPEG", exif=exif, quality=90)
+    assert decode_image(file, reduced_to=oversampling * 224).size == (decoded if orientation == 1 else decoded[::-1])
+    exact, reduced = (ImageTransform(section(224), times).decode(file) for times in (0, oversampling))
+    levels = np.abs(reduced - exact) * np.array(CLIP_STD)[:, None, None] * 255
+    assert 0 < levels.mean() < (2 if oversampling == 1 else 0.5)
+
+
+@pytest.mark.parametrize(("file_format", "size"), [("PNG", (1200, 900)), ("WEBP", (1200, 900)), ("JPEG", (880, 600))])
+def test_other_files_and_small_ones_are_decoded_whole(file_format: str, size: tuple[int, int]) -> None:
+    file = encoded(photograph(size), file_format)
+    exact, same = (ImageTransform(section(224), times).decode(file) for times in (0, 2))
+    np.testing.assert_array_equal(same, exact)

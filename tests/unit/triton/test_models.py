@@ -212,6 +212,27 @@ def test_several_images_in_one_request(preprocess: PreprocessModel) -> None:
     assert response.has_error()
 
 
+def test_large_jpegs_are_reduced_if_the_server_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    buffer = io.BytesIO()
+    Image.effect_mandelbrot((200, 160), (-2, -1, 1, 1), 50).save(buffer, "JPEG")
+    make_manifest().dump(tmp_path)
+    arguments = {"model_name": "preprocess", "model_repository": str(tmp_path / "preprocess"), "model_version": "1"}
+    found = []
+    for oversampling in (0, 2):
+        monkeypatch.setenv("BLIPSTREAM_JPEG_OVERSAMPLING", str(oversampling))
+        with warnings.catch_warnings():
+            model = PreprocessModel()
+            model.initialize(arguments)
+            (response,) = model.execute([image_request(buffer.getvalue())])
+        found.append(response.output_tensors()[0].as_numpy()[0])
+        np.testing.assert_array_equal(
+            found[-1], ImageTransform(make_manifest().image, oversampling).decode(buffer.getvalue())
+        )
+        model.finalize()
+    assert not np.array_equal(*found)
+
+
 # --- calls -----------------------------------------------------------------------------------------------------------
 
 ANSWER = Answer("a cat", "eos", 7, 3, (5, 6, 2))
