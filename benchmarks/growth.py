@@ -48,8 +48,6 @@ PROMPTS = (1, 2, 5, 10, 20, 50, 100, 200, 300, 400, 500)
 SIDES = ((100, 75), (320, 240), (640, 480), (1280, 960), (2048, 1536), (4096, 3072), (8192, 6144))
 ANSWER_TOKENS = 20
 _PICTURES = Sizes((320, 240), (1024, 768))
-_FEWEST = 8
-"""Requests of a point, at least."""
 _TIMES = 5
 """Of each point of the curves that go one at a time."""
 _TIMEOUT_S = 3600.0
@@ -93,14 +91,16 @@ class Curves:
         server: that is asked.
         most: clients at most.
         longest: tokens of a prompt at most.
+        fewest: requests of a point of the curves with several clients, at least.
     """
 
-    def __init__(self, server: TritonServer, most: int, longest: int) -> None:
+    def __init__(self, server: TritonServer, most: int, longest: int, fewest: int) -> None:
         self._target = KServe(server.grpc_url, None, timeout=_TIMEOUT_S)
         self._meter = Meter(server.grpc_url, server.metrics_url)
         self._url = server.grpc_url
         self._most = most
         self._longest = longest
+        self._fewest = fewest
 
     def flight(self) -> Iterator[Point]:
         """See above."""
@@ -134,7 +134,7 @@ class Curves:
 
     def _in_flight(self, images: int | None, seed: int) -> Iterator[Point]:
         for part, clients in enumerate(count for count in FLIGHT if count <= self._most):
-            count = max(_FEWEST, 2 * clients)
+            count = max(self._fewest, 2 * clients)
             workload = Workload(images or count, _PICTURES, None, Lengths(ANSWER_TOKENS), seed)
             # images that the server is to know are those of every point
             requests = workload.requests(count, 0 if images else part + 1)
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     with TritonServer(options.bundle, config=ServerConfig(request_timeout=_TIMEOUT_S)) as server:
         setting = make_setting(server, options.checkpoint, len(os.sched_getaffinity(0)), command, load)
-        curves = Curves(server, options.max_in_flight, options.max_prompt)
+        curves = Curves(server, options.max_in_flight, options.max_prompt, options.requests)
         for name in options.curves:
             for point in getattr(curves, name)():
                 figures = {key: round(value, 4) for key, value in dataclasses.asdict(point).items()}
@@ -244,6 +244,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-prompt", type=int, default=PROMPTS[-1], help="tokens; soft tokens and answer come on top"
     )
+    parser.add_argument("--requests", type=int, default=8, help="of each number of clients, at least")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     return parser.parse_args(arguments)
 
