@@ -59,22 +59,26 @@ class TokenChooser:
         self._generated: Counter[int] = Counter()
         self._rng = None if params.greedy else np.random.Generator(np.random.Philox(params.seed))
 
-    @property
-    def takes_argmax(self) -> bool:
-        """Whether the next token is the largest of the unmodified logits."""
+    def takes(self, argmax: int) -> bool:
+        """Whether the next token is the largest of the unmodified logits, ``argmax``."""
         params = self._params
         return (
             params.greedy
             and params.repetition_penalty == 1.0
             and params.presence_penalty == 0.0
             and params.frequency_penalty == 0.0
-            and not self._bad_words
-            and not self._bans_eos
+            and argmax not in self._banned()
         )
 
-    @property
-    def _bans_eos(self) -> bool:
-        return len(self._history) - self._num_prompt_ids < self._params.min_tokens
+    def _banned(self) -> list[int]:
+        """Tokens that must not come next: ends that come too early, and those that complete a bad word."""
+        history = self._history
+        banned = [
+            word[-1] for word in self._bad_words if len(word) == 1 or tuple(history[1 - len(word) :]) == word[:-1]
+        ]
+        if len(history) - self._num_prompt_ids < self._params.min_tokens:
+            banned += self._eos_token_ids
+        return banned
 
     def choose(self, logits: Logits, row: int, argmax: int) -> Choice:
         """Choose the next token from a row of the logits (B, V), which is finite, and take it into the sequence's past.
@@ -82,13 +86,14 @@ class TokenChooser:
         Raises:
             InvalidRequestError: penalties and bans leave no token that could be chosen.
         """
-        if self.takes_argmax and not self._params.log_probs:  # a row that lies on a device stays there
+        takes_argmax, wants_log_prob = self.takes(argmax), self._params.log_probs
+        if takes_argmax and not wants_log_prob:  # a row that lies on a device stays there
             self.take(argmax)
             return Choice(argmax, None)
         scores = logits[row]
-        token = argmax if self.takes_argmax else self._pick(scores)
+        token = argmax if takes_argmax else self._pick(scores)
         self.take(token)
-        return Choice(token, _log_prob(scores, token) if self._params.log_probs else None)
+        return Choice(token, _log_prob(scores, token) if wants_log_prob else None)
 
     def take(self, token: int) -> None:
         """Take a token into the sequence's past."""
@@ -105,11 +110,7 @@ class TokenChooser:
             ids = np.fromiter(self._generated, np.int64)
             counts = np.fromiter(self._generated.values(), np.float32)
             scores[ids] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts
-        for word in self._bad_words:
-            if len(word) == 1 or tuple(self._history[1 - len(word) :]) == word[:-1]:
-                scores[word[-1]] = -np.inf
-        if self._bans_eos:
-            scores[self._eos_token_ids] = -np.inf
+        scores[self._banned()] = -np.inf
         return scores
 
     def _pick(self, logits: Scores) -> int:

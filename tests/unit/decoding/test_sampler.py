@@ -393,3 +393,28 @@ def test_of_logits_on_a_device_only_the_rows_that_somebody_needs_are_fetched():
     expected = choose_tokens(rows, [chooser_of(**wish) for wish in wishes])
     del expected[2]
     assert found == expected
+
+
+def test_a_ban_fetches_a_row_only_where_it_bans_the_largest():
+    """``min_tokens`` and bad words leave most rows on the device: they change nothing but what they ban."""
+    rows = random_logits(4, seed=5)
+    first, second, third, _ = rows.argmax(axis=1).tolist()
+    wishes = [
+        {"min_tokens": 9, "eos": (first,)},
+        {"min_tokens": 9, "eos": (first,)},
+        {"bad_words": [(third,), (second,)]},
+        {"bad_words": [(third,)]},
+    ]
+    fetched = []
+
+    def fetch(row):
+        fetched.append(row)
+        return rows[row]
+
+    found = choose_tokens(
+        DeviceLogits(rows.argmax(axis=1), rows.sum(axis=1), fetch), [chooser_of(**wish) for wish in wishes]
+    )
+    assert fetched == [0, 2]
+    assert found == choose_tokens(rows, [chooser_of(**wish) for wish in wishes])
+    assert found[0].token_id != first
+    assert found[2].token_id == rows[2].argsort()[-2]
