@@ -197,7 +197,9 @@ def draw(rows: Sequence[GrowthRow], path: Path) -> None:
         axes.plot([row.value for row in own], values, "o-", color="#0072b2", markersize=4)
         axes.set_xlabel(label)
         axes.set_title(unit, fontsize=9)
-        axes.set_xscale("linear" if name == "prompt" else "log", **({} if name == "prompt" else {"base": 2}))
+        if name != "prompt":
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     row = rows[-1]
@@ -221,18 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 append_rows(options.results / FILE, [row])
                 console.print(" ".join([name, *(f"{key} {value:g}" for key, value in figures.items())]))
         curves.close()
-    draw(_alike(read_rows(options.results / FILE, GrowthRow), setting), options.results / _plot_name(setting))
+    alike = [row for row in read_rows(options.results / FILE, GrowthRow) if row.is_like(setting)]
+    draw(alike, options.results / f"growth-{setting.checkpoint_name}.png")
     return 0
-
-
-def _alike(rows: Sequence[GrowthRow], setting: Setting) -> list[GrowthRow]:
-    """Those of the same checkpoint on the same kind of machine."""
-    alike = (setting.checkpoint, setting.device, setting.cores)
-    return [row for row in rows if (row.checkpoint, row.device, row.cores) == alike]
-
-
-def _plot_name(setting: Setting) -> str:
-    return f"growth-{setting.checkpoint.rpartition('/')[2]}.png"
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -33,6 +33,15 @@ class Setting:
     checkpoint: str
     command: str
 
+    @property
+    def checkpoint_name(self) -> str:
+        """The checkpoint, as names of files have it."""
+        return self.checkpoint.replace("/", "-")
+
+    def is_like(self, other: Setting) -> bool:
+        """Whether both are of the same checkpoint on the same kind of machine."""
+        return (self.checkpoint, self.device, self.cores) == (other.checkpoint, other.device, other.cores)
+
 
 R = TypeVar("R", bound=Setting)
 _TYPES: Mapping[str, Callable[[str], object]] = {"int": int, "float": float, "str": str, "bool": "True".__eq__}

@@ -27,7 +27,7 @@ from rich.console import Console
 from benchmarks.compare.measure import Pair, Rounds
 from benchmarks.compare.ours import Blipstream
 from benchmarks.compare.process import Peer, PeerError
-from benchmarks.compare.rows import FILE, ComparedRow, draw, plot_name
+from benchmarks.compare.rows import FILE, ComparedRow, draw
 from benchmarks.compare.systems import BATCHES, ENGINE, SYSTEMS, System
 from benchmarks.compare.tasks import LANGUAGE, Task, make_tasks, tokens_of
 from benchmarks.likeness import likeness
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"{name} failed: {error}", style="red", highlight=False)
     if (options.results / FILE).exists():
         rows = read_rows(options.results / FILE, ComparedRow)
-        draw(rows, comparison.setting, options.results / plot_name(comparison.setting))
+        draw(rows, comparison.setting, options.results / f"compare-{comparison.setting.checkpoint_name}.png")
     return int(failed)
 
 

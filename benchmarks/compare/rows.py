@@ -47,11 +47,6 @@ class ComparedRow(Setting):
     blipstream_memory_gib: float
 
 
-def plot_name(setting: Setting) -> str:
-    """Of the plot of a checkpoint."""
-    return f"compare-{setting.checkpoint.rpartition('/')[2]}.png"
-
-
 def draw(rows: Sequence[ComparedRow], setting: Setting, path: Path) -> None:
     """Draw the last rows of each task and peer as a PNG file: how many times as long each takes, with its extremes.
 
@@ -60,9 +55,7 @@ def draw(rows: Sequence[ComparedRow], setting: Setting, path: Path) -> None:
         setting: whose checkpoint and machine the rows are to have.
         path: the file.
     """
-    alike = (setting.checkpoint, setting.device, setting.cores)
-    chosen = [row for row in rows if (row.checkpoint, row.device, row.cores) == alike]
-    last = {(row.task, row.system, row.batch): row for row in chosen}
+    last = {(row.task, row.system, row.batch): row for row in rows if row.is_like(setting)}
     bars = [last[key] for key in sorted(last, reverse=True)]
     figure = Figure(figsize=(9, _MARGIN_INCHES + _BAR_INCHES * len(bars)), dpi=110, layout="constrained")
     axes = figure.subplots()
