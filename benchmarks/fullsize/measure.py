@@ -117,7 +117,7 @@ def generate(checkpoint: Path, dtype: str, count: int, threads: int, log: Path) 
         PeerError: it failed.
     """
     seconds, tokens = [], []
-    options = [str(checkpoint), str(threads), dtype, "eager"]
+    options = [str(checkpoint.resolve()), str(threads), dtype, "eager"]
     command = [sys.executable, "-m", "benchmarks.compare.programs.huggingface", *options]
     with tempfile.TemporaryDirectory() as folder, Peer(command, log, threads) as peer:
         path = Path(folder, "image.png")

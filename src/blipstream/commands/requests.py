@@ -5,20 +5,19 @@ Importing it is cheap, and works without the client extra: the client comes with
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from blipstream.commands.options import with_options
 from blipstream.errors import BlipstreamError
 
 if TYPE_CHECKING:
@@ -78,30 +77,8 @@ class RequestOptions:
         }
 
 
-def with_request_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, in place of its last parameter ``options``, the options of :class:`RequestOptions`."""
-    hints = get_type_hints(RequestOptions, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-        )
-        for field in fields(RequestOptions)
-    ]
-    own = [
-        parameter
-        for parameter in inspect.signature(command, eval_str=True).parameters.values()
-        if parameter.name != "options"
-    ]
-
-    @functools.wraps(command)
-    def run(**arguments: Any) -> None:
-        options = RequestOptions(**{name: arguments.pop(name) for name in hints})
-        command(**arguments, options=options)
-
-    parameters = [*own, *shared]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+with_request_options = with_options(RequestOptions)
+"""Gives a command, in place of its last parameter ``options``, the options of :class:`RequestOptions`."""
 
 
 class Session:

@@ -6,12 +6,15 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from blipstream.commands.options import with_options
+from blipstream.commands.requests import complain
 from blipstream.config import ServerConfig
 from blipstream.errors import BlipstreamError, ServerStartError
 
@@ -22,52 +25,50 @@ _DEFAULTS = ServerConfig()
 _POLL_S = 0.2
 
 
-def serve(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `blipstream build` wrote.")],
-    grpc_port: Annotated[int, typer.Option(help="Port for gRPC on the loopback address; 0 chooses a free one.")] = 8001,
-    http_port: Annotated[int, typer.Option(help="The same for HTTP.")] = 8000,
-    metrics_port: Annotated[int, typer.Option(help="The same for metrics.")] = 8002,
-    threads: Annotated[int, typer.Option(help="CPU threads of each engine; 0 means all cores.")] = _DEFAULTS.threads,
-    queue_size: Annotated[int, typer.Option(help="Requests that may wait.")] = _DEFAULTS.queue_size,
+@dataclass(frozen=True)
+class ModelOptions:
+    """The settings of the Triton models that the command line has: those of :class:`ServerConfig`, by its names."""
+
+    threads: Annotated[int, typer.Option(help="CPU threads of each engine; 0 means all cores.")] = _DEFAULTS.threads
+    queue_size: Annotated[int, typer.Option(help="Requests that may wait.")] = _DEFAULTS.queue_size
     request_timeout: Annotated[
         float, typer.Option(help="Seconds that a request may wait for a slot when it does not say; 0 means for ever.")
-    ] = _DEFAULTS.request_timeout,
-    cache_bytes: Annotated[
-        int, typer.Option(help="Bytes of image features that are kept; 0 keeps none.")
-    ] = _DEFAULTS.cache_bytes,
+    ] = _DEFAULTS.request_timeout
+    cache_bytes: Annotated[int, typer.Option(help="Bytes of image features that are kept; 0 keeps none.")] = (
+        _DEFAULTS.cache_bytes
+    )
     prefix_bytes: Annotated[
         int, typer.Option(help="Bytes of images' keys and values that the decoder keeps; 0 keeps none.")
-    ] = _DEFAULTS.prefix_bytes,
-    max_image_bytes: Annotated[int, typer.Option(help="Bytes of an image at most.")] = _DEFAULTS.max_image_bytes,
-    max_image_pixels: Annotated[int, typer.Option(help="Pixels of an image at most.")] = _DEFAULTS.max_image_pixels,
+    ] = _DEFAULTS.prefix_bytes
+    max_image_bytes: Annotated[int, typer.Option(help="Bytes of an image at most.")] = _DEFAULTS.max_image_bytes
+    max_image_pixels: Annotated[int, typer.Option(help="Pixels of an image at most.")] = _DEFAULTS.max_image_pixels
     jpeg_oversampling: Annotated[
         int,
         typer.Option(
             help="Decode large JPEG files at a reduced size, so many times that of the model's image at least (2 is "
             "next to exact); 0 decodes them whole."
         ),
-    ] = _DEFAULTS.jpeg_oversampling,
+    ] = _DEFAULTS.jpeg_oversampling
     stop_grace: Annotated[
         float, typer.Option(help="Seconds that running sequences have to end when the server stops.")
-    ] = _DEFAULTS.stop_grace,
+    ] = _DEFAULTS.stop_grace
+
+
+@with_options(ModelOptions)
+def serve(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `blipstream build` wrote.")],
+    grpc_port: Annotated[int, typer.Option(help="Port for gRPC on the loopback address; 0 chooses a free one.")] = 8001,
+    http_port: Annotated[int, typer.Option(help="The same for HTTP.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(help="The same for metrics.")] = 8002,
     start_timeout: Annotated[float, typer.Option(help="Seconds that the models have to load.")] = 600.0,
     log_file: Annotated[Path | None, typer.Option(help="Append all that the server says to this file.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show all that the server says.")] = False,
+    *,
+    options: ModelOptions,
 ) -> None:
     """Serve a bundle on Triton, on this machine, until Ctrl-C or SIGTERM."""
-    console, errors = Console(), Console(stderr=True)
     try:
-        config = ServerConfig(
-            threads=threads,
-            queue_size=queue_size,
-            request_timeout=request_timeout,
-            cache_bytes=cache_bytes,
-            prefix_bytes=prefix_bytes,
-            max_image_bytes=max_image_bytes,
-            max_image_pixels=max_image_pixels,
-            jpeg_oversampling=jpeg_oversampling,
-            stop_grace=stop_grace,
-        )
+        config = ServerConfig(**asdict(options))
         from blipstream.triton.server import TritonServer
 
         server = TritonServer(
@@ -80,9 +81,9 @@ def serve(
             verbose=verbose,
             start_timeout=start_timeout,
         )
-        _run(server, bundle, console)
+        _run(server, bundle, Console())
     except BlipstreamError as error:
-        errors.print(f"blipstream serve: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        complain("serve", str(error))
         raise typer.Exit(1) from None
 
 

@@ -20,7 +20,7 @@ from blipstream.decoding.request import Prompt
 from blipstream.engines.base import BoundRun, Engine, TensorInfo
 from blipstream.engines.cache import CacheShape, HostKVCache, KVCache
 from blipstream.engines.memory import Array, Tensor, rows_of
-from blipstream.engines.prefix import PrefixCache
+from blipstream.engines.prefix import PrefixCache, prefix_key
 from blipstream.errors import EngineError
 from blipstream.manifest import DecoderSection
 
@@ -178,34 +178,34 @@ class CachedDecoder(RowDecoder):
         its soft tokens, alone, as the graph wants it: to read all weights costs less than an image's tokens, unless
         the model is so small that both are little beside starting a run.
         """
-        known = self._known(prompts)
-        for is_known, group in groupby(range(len(prompts)), known.__contains__):
-            if not is_known:
-                rows = list(group)
-                self._read(first_row + rows[0], prompts[rows[0] : rows[-1] + 1])
-        for row in sorted(known):
-            self._read_on(first_row + row, prompts[row])
+        if self._prefixes is None:
+            self._read(first_row, prompts)
+        else:
+            self._read_sharing(first_row, prompts, self._prefixes)
         return self._logits.read(first_row, len(prompts))
-
-    def _known(self, prompts: Sequence[Prompt]) -> frozenset[int]:
-        """Which of the prompts are to go on behind what is known."""
-        if self._prefixes is None or (len(prompts) > 1 and not self._is_large):
-            return frozenset()
-        return self._prefixes.find(prompts)
 
     def _read(self, first_row: int, prompts: Sequence[Prompt]) -> None:
         """Fill rows ``first_row ..`` with whole prompts, all at once."""
         self._bind(prefill_inputs(prompts), first_row, len(prompts)).run()
-        if self._prefixes is not None:
-            self._prefixes.keep(first_row, prompts)
 
-    def _read_on(self, row: int, prompt: Prompt) -> None:
-        """Fill a row with a prompt whose soft tokens are known, unless they have been dropped since."""
-        assert self._prefixes is not None
-        if self._prefixes.restore(row, prompt):
-            self._bind(self._continuation(prompt), row, 1).run()
-        else:
-            self._read(row, [prompt])
+    def _read_sharing(self, first_row: int, prompts: Sequence[Prompt], prefixes: PrefixCache) -> None:
+        """The same, without what is known of them, which is kept for the next."""
+        keys = [prefix_key(prompt.soft_tokens) for prompt in prompts]
+        known = prefixes.find(keys) if len(prompts) == 1 or self._is_large else frozenset()
+
+        def read(part: slice) -> None:
+            self._read(first_row + part.start, prompts[part])
+            prefixes.keep(first_row + part.start, prompts[part], keys[part])
+
+        for is_known, group in groupby(range(len(prompts)), known.__contains__):
+            if not is_known:
+                rows = list(group)
+                read(slice(rows[0], rows[-1] + 1))
+        for row in sorted(known):
+            if prefixes.restore(first_row + row, keys[row]):
+                self._bind(self._continuation(prompts[row]), first_row + row, 1).run()
+            else:  # dropped since, to make room for others of this call
+                read(slice(row, row + 1))
 
     def prefix_gauges(self) -> dict[str, float]:
         """See :meth:`RowDecoder.prefix_gauges`."""

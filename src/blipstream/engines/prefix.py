@@ -30,32 +30,30 @@ class PrefixCache:
         self._kept = ArrayCache(max_bytes)
         self._num_hits = 0
 
-    def find(self, prompts: Sequence[Prompt]) -> frozenset[int]:
-        """Which prompts have soft tokens that are kept, or are those of a prompt before them."""
-        keys = [_key(prompt.soft_tokens) for prompt in prompts]
+    def find(self, keys: Sequence[bytes]) -> frozenset[int]:
+        """Which prompts, by their keys, have soft tokens that are kept, or are those of a prompt before them."""
         return frozenset(row for row, key in enumerate(keys) if key in self._kept or key in keys[:row])
 
-    def restore(self, row: int, prompt: Prompt) -> bool:
-        """Write what is kept of a prompt's soft tokens to the beginning of a row; return whether something is."""
-        prefix = self._kept.get(_key(prompt.soft_tokens))
+    def restore(self, row: int, key: bytes) -> bool:
+        """Write what is kept by a key to the beginning of a row; return whether something is."""
+        prefix = self._kept.get(key)
         if prefix is None:
             return False
         self._rows.write(row, [tensor[None] for tensor in prefix])
         self._num_hits += 1
         return True
 
-    def keep(self, first_row: int, prompts: Sequence[Prompt]) -> None:
+    def keep(self, first_row: int, prompts: Sequence[Prompt], keys: Sequence[bytes]) -> None:
         """Keep what rows ``first_row ..``, filled with these prompts, begin with."""
-        for row, soft_tokens in enumerate((prompt.soft_tokens for prompt in prompts), first_row):
-            key = _key(soft_tokens)
+        for row, (prompt, key) in enumerate(zip(prompts, keys, strict=True), first_row):
             if self._kept.get(key) is None:
-                self._kept.put(key, self._rows.read(row, len(soft_tokens)))
+                self._kept.put(key, self._rows.read(row, len(prompt.soft_tokens)))
 
     def gauges(self) -> dict[str, float]:
         """Values of its metrics."""
         return {"prefix_cache_hits_total": self._num_hits, "prefix_cache_bytes": self._kept.num_bytes}
 
 
-def _key(soft_tokens: npt.NDArray[np.float32]) -> bytes:
-    """By contents: a fraction of a millisecond, and nobody has to say which image they are of."""
+def prefix_key(soft_tokens: npt.NDArray[np.float32]) -> bytes:
+    """Of their contents, in a fraction of a millisecond: nobody has to say which image soft tokens are of."""
     return hashlib.blake2b(np.ascontiguousarray(soft_tokens).data, digest_size=16).digest()
