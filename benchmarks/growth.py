@@ -198,7 +198,7 @@ def draw(rows: Sequence[GrowthRow], path: Path) -> None:
         axes.set_xlabel(label)
         axes.set_title(unit, fontsize=9)
         if name != "prompt":
-            axes.set_xscale("log", base=2)
+            axes.set_xscale("log", base=10 if name == "image" else 2)  # pixels span too much for 2
             axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

@@ -15,6 +15,18 @@ from benchmarks.rows import Setting
 from blipstream.triton.server import TritonServer
 
 _VERSIONED = ("blipstream", "onnxruntime", "torch", "transformers")
+_INSTRUCTION_SETS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx_vnni": "VNNI",
+    "avx512_vnni": "VNNI",
+    "avx512_bf16": "bf16",
+    "amx_tile": "AMX",
+    "asimddp": "dot product",
+    "i8mm": "i8mm",
+    "bf16": "bf16",
+}
+"""By the names of Linux."""
 
 
 def make_setting(
@@ -42,10 +54,17 @@ def _triton_version(server: TritonServer) -> str:
         return str(json.load(response)["version"])
 
 
-def cpu_model() -> str:
-    """Model of this machine's processor."""
-    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open() as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def cpu_model(listing: Path = Path("/proc/cpuinfo")) -> str:
+    """Model of this machine's processor, and its instruction sets as far as they decide how fast matrices multiply."""
+    found = _first_processor(listing)
+    model = found.get("model name") or platform.processor() or platform.machine()
+    flags = {*found.get("flags", "").split(), *found.get("Features", "").split()}
+    sets = list(dict.fromkeys(name for flag, name in _INSTRUCTION_SETS.items() if flag in flags))
+    return f"{model} ({', '.join(sets)})" if sets else model
+
+
+def _first_processor(listing: Path) -> dict[str, str]:
+    with contextlib.suppress(OSError), listing.open() as lines:
+        pairs = (line.partition(":") for line in lines)
+        return {name.strip(): value.strip() for name, _, value in reversed(list(pairs))}
+    return {}

@@ -91,7 +91,10 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             raise PeerError(f"it ended with status {self._process.wait()}; see {self._log}")
-        message: Mapping[str, Any] = json.loads(line)
+        try:
+            message: Mapping[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            raise PeerError(f"it said {line.rstrip()!r}, which is no answer; see {self._log}") from None
         if "error" in message:
             raise PeerError(f"{message['error']}; see {self._log}")
         return message

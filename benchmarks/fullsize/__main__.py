@@ -19,78 +19,23 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks.fullsize.measure import Built, Captions, build, bundle_bytes, generate, serve
 from benchmarks.fullsize.questions import ask
+from benchmarks.fullsize.rows import FullSizeRow, QuestionRow, StageRow, draw_stages
 from benchmarks.fullsize.stages import STEP, bandwidth, bandwidth_share, step_bytes, time_stages
 from benchmarks.likeness import agreement
 from benchmarks.memory import gib
-from benchmarks.rows import Setting, append_rows
+from benchmarks.rows import Setting, append_rows, read_rows
 from benchmarks.run import RESULTS
 from benchmarks.setting import make_setting
 from blipstream.manifest import Manifest
 from blipstream.triton.server import TritonServer
 
 PEERS = ("bf16", "fp32")
-
-
-@dataclass(frozen=True)
-class FullSizeRow(Setting):
-    """One system of a run; of a system that builds nothing, the figures of a build are 0."""
-
-    system: str
-    captions: int
-    caption_p50_s: float
-    """Seconds of a caption of 20 tokens."""
-    memory_gib: float
-    """Resident, of all processes, when the captions are done; pages that the server's share count once."""
-    caption_ratio: float
-    """Time of a caption over that of Blipstream in the same run: how many times as long this system takes."""
-    tokens_equal: float
-    """Share of the tokens of transformers in fp32, up to the first that differs in each caption; NaN without fp32."""
-    build_s: float
-    build_peak_gib: float
-    bundle_gib: float
-    start_s: float
-    """Seconds until the server was ready."""
-
-
-@dataclass(frozen=True)
-class StageRow(Setting):
-    """One stage of a bundle at one batch size."""
-
-    precision: str
-    """Of ViT, Q-Former and decoder."""
-    stage: str
-    rows: int
-    """Images, prompts or sequences at once."""
-    rounds: int
-    p50_ms: float
-    min_ms: float
-    max_ms: float
-    bandwidth_gbs: float
-    """GB/s that all threads together read."""
-    bandwidth_share: float
-    """Of a decode step: bytes of its weights over its time, over the bandwidth in the same round; 0 of other stages."""
-
-
-@dataclass(frozen=True)
-class QuestionRow(Setting):
-    """Questions of two tokens' answers, and captions of 20 tokens, one at a time."""
-
-    precision: str
-    images: int
-    first_p50_s: float
-    second_p50_s: float
-    second_ratio: float
-    """How many times as fast another question about the same image is answered."""
-    caption_p50_s: float
-    overhead: float
-    """What Triton, the decode loop, streaming and the client add to the engines' own time of a caption, as a share."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if options.command == "stages":
         stages = _stages(options, command)
-        append_rows(options.results / "stages.csv", stages)
+        file = options.results / "stages.csv"
+        append_rows(file, stages)
+        draw_stages(read_rows(file, StageRow), stages[0], options.results / f"stages-{stages[0].checkpoint_name}.png")
         for stage in stages:
             share = f", {stage.bandwidth_share:.0%} of the memory's bandwidth" if stage.bandwidth_share else ""
             console.print(f"{stage.stage}, {stage.rows} at once: {stage.p50_ms:.1f} ms{share}")

@@ -17,6 +17,7 @@ from blipstream.planning.engines import Bundle, Floats
 
 READ = "memory"
 """The stage that only reads memory."""
+PREFILL = "prefill"
 STEP = "step"
 ROWS = (1, 2, 4, 8, 16)
 """Sequences of a prefill and of a decode step."""
@@ -115,7 +116,7 @@ def _stages(model: Bundle, threads: int, rows: Sequence[int]) -> Iterator[Stage]
         prompts = model.prompts(np.repeat(soft_tokens, count, axis=0))
         lengths = model.lengths(prompts)
         tokens = np.full(count, model.manifest.generation.empty_prompt_ids[0], np.int64)
-        yield Stage("prefill", count, lambda prompts=prompts: decoder.prefill(0, prompts))  # type: ignore[misc]
+        yield Stage(PREFILL, count, lambda prompts=prompts: decoder.prefill(0, prompts))  # type: ignore[misc]
         yield Stage(STEP, count, lambda t=tokens, n=lengths: decoder.decode(t, n))  # type: ignore[misc]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from blipstream_export.build import BuildOptions, BuildResult, build
 
 from tests.checkpoints import save_blip2_opt
+from tests.export.language_models import VARIANTS, Exported, make_model
 
 torch.set_num_threads(1)  # the models are tiny
 
@@ -23,6 +26,18 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_bundle(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
     output = tmp_path_factory.mktemp("bundles") / "random"
     return build(str(random_checkpoint), output, BuildOptions(max_sequences=5))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Exported]:
+    """A variant of a language model, exported once for all tests."""
+
+    @functools.cache
+    def export(language: str, name: str) -> Exported:
+        folder = tmp_path_factory.mktemp("language-model")
+        return Exported.export(language, make_model(language, VARIANTS[language][name]), folder)
+
+    return export
 
 
 @pytest.fixture

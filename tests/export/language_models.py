@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from blipstream_export.families import LANGUAGE_MODELS
+from blipstream_export.graphs import export_graph
 from torch import Tensor
 
 from blipstream.decoding.request import Prompt
-from blipstream.engines import RowDecoder
+from blipstream.engines import RowDecoder, create_engine, load_decoder
+from blipstream.manifest import DecoderSection
 from tests.checkpoints import make_blip2
 from tests.languages import LLAMA_VARIANTS, OPT_VARIANTS, T5_VARIANTS
 
@@ -30,6 +34,29 @@ def make_model(language: str, text: dict[str, Any] | None = None) -> Any:
 def module_of(language: str) -> Any:
     (line,) = [line for line in LANGUAGE_MODELS if line.model_type == language]
     return line.load()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A language model in transformers, and its graphs for ONNX Runtime; three rows."""
+
+    model: Any
+    sizes: DecoderSection
+    folder: Path
+
+    @classmethod
+    def export(cls, language: str, model: Any, folder: Path) -> Exported:
+        module = module_of(language)
+        sizes = module.decoder_section(model.config, max_sequences=3, max_tokens=CAPACITY)
+        with torch.no_grad():
+            for graph in module.graphs(model, sizes):
+                export_graph(graph.module, graph.inputs, folder / graph.file, engine="onnxruntime")
+        return cls(model, sizes, folder)
+
+    def load(self, prefix_bytes: int = 0) -> RowDecoder:
+        return load_decoder(
+            self.sizes, lambda file: create_engine("onnxruntime", self.folder / file, threads=1), prefix_bytes
+        )
 
 
 def make_prompts(model: Any, lengths: Sequence[tuple[int, int]], seed: int = 1) -> list[Prompt]:

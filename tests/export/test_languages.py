@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from blipstream_export.models.llama import LlamaDecoder
 from blipstream_export.models.t5 import T5Decoder, T5Encoder
 
 from blipstream.contract import DECODER_FILE, DECODER_IO, ENCODER_FILE
-from blipstream.engines import RowDecoder, create_engine, load_decoder
+from blipstream.engines import create_engine
 from blipstream.engines.decoder import pack_prompts, prefill_inputs
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
 from blipstream.manifest import DecoderSection, Precision
@@ -29,6 +30,7 @@ from tests.export.language_models import (
     CASES,
     VARIANTS,
     VOCAB_SIZE,
+    Exported,
     assert_close,
     decode_along,
     expected_logits,
@@ -157,14 +159,6 @@ def test_t5_keeps_the_type_of_its_last_linear_layer() -> None:
 # --- graphs, on the engine that serves them --------------------------------------------------------------------------
 
 
-def load(language: str, model: Any, folder: Path, max_sequences: int = 3) -> RowDecoder:
-    module = module_of(language)
-    sizes = module.decoder_section(model.config, max_sequences=max_sequences, max_tokens=CAPACITY)
-    for graph in module.graphs(model, sizes):
-        export_graph(graph.module, graph.inputs, folder / graph.file, engine="onnxruntime")
-    return load_decoder(sizes, lambda file: create_engine("onnxruntime", folder / file, threads=1))
-
-
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_of_t5_are_stored_once(tied: bool, precision: Precision, tmp_path: Path) -> None:
@@ -188,10 +182,12 @@ def test_embeddings_of_t5_are_stored_once(tied: bool, precision: Precision, tmp_
 
 
 @pytest.mark.parametrize(("language", "name"), [case for case in CASES if case[0] != "opt"])
-def test_graphs_compute_the_logits_of_transformers(language: str, name: str, tmp_path: Path) -> None:
-    model = make_model(language, VARIANTS[language][name])
-    decoder = load(language, model, tmp_path)
-    decode_along(decoder, model)
+def test_graphs_compute_the_logits_of_transformers(
+    language: str, name: str, exported: Callable[[str, str], Exported]
+) -> None:
+    found = exported(language, name)
+    decoder = found.load()
+    decode_along(decoder, found.model)
     decoder.close()
 
 
@@ -203,9 +199,11 @@ def test_graphs_compute_the_logits_of_transformers(language: str, name: str, tmp
         ("t5", DECODER_FILE, {"GroupQueryAttention", "SimplifiedLayerNormalization", "Gemm"}),
     ],
 )
-def test_graphs_use_the_fused_operators(language: str, file: str, operators: set[str], tmp_path: Path) -> None:
-    load(language, make_model(language), tmp_path).close()
-    graph = onnx.load(tmp_path / file).graph
+def test_graphs_use_the_fused_operators(
+    language: str, file: str, operators: set[str], exported: Callable[[str, str], Exported]
+) -> None:
+    plain = next(iter(VARIANTS[language]))
+    graph = onnx.load(exported(language, plain).folder / file).graph
     found = [node.op_type for node in graph.node]
     assert operators <= set(found)
     assert not {"MatMul", "Softmax", "ReduceMean"} & set(found)
@@ -215,8 +213,7 @@ def test_graphs_use_the_fused_operators(language: str, file: str, operators: set
 
 
 def test_graphs_of_an_encoder_decoder_have_the_tensors_of_the_contract(tmp_path: Path) -> None:
-    model = make_model("t5", {"num_layers": 3, "num_decoder_layers": 2})
-    load("t5", model, tmp_path).close()
+    Exported.export("t5", make_model("t5", {"num_layers": 3, "num_decoder_layers": 2}), tmp_path)
     with create_engine("onnxruntime", tmp_path / ENCODER_FILE, threads=1) as engine:
         assert {info.name: (info.dtype, info.shape) for info in engine.inputs} == {
             "input_ids": (np.int64, ("batch", "sequence")),

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from blipstream_export.graphs import export_graph
 
 from blipstream.decoding.request import Prompt
-from blipstream.engines import RowDecoder, create_engine, load_decoder
+from blipstream.engines import RowDecoder
 from blipstream.engines import decoder as decoders
-from tests.export.language_models import CAPACITY, CASES, VARIANTS, expected_logits, make_model, make_prompts, module_of
+from tests.export.language_models import CASES, Exported, expected_logits, make_prompts
 
 MANY = 1 << 20
 
@@ -25,20 +23,11 @@ def _large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders, "LARGE", 1)
 
 
-@pytest.fixture
-def load(tmp_path: Path) -> Callable[..., RowDecoder]:
-    def load(language: str, model: Any, prefix_bytes: int = MANY) -> RowDecoder:
-        module = module_of(language)
-        sizes = module.decoder_section(model.config, max_sequences=3, max_tokens=CAPACITY)
-        for graph in module.graphs(model, sizes):
-            export_graph(graph.module, graph.inputs, tmp_path / graph.file, engine="onnxruntime")
+Exporter = Callable[[str, str], Exported]
 
-        def open_graph(file: str) -> Any:
-            return create_engine("onnxruntime", tmp_path / file, threads=1)
 
-        return load_decoder(sizes, open_graph, prefix_bytes)
-
-    return load
+def loaded(exported: Exported, prefix_bytes: int = MANY) -> tuple[Any, RowDecoder]:
+    return exported.model, exported.load(prefix_bytes)
 
 
 def about(image: Prompt, *texts: Sequence[int]) -> list[Prompt]:
@@ -51,11 +40,8 @@ def hits(decoder: RowDecoder) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("language", "name"), [case for case in CASES if case[0] != "t5"])
-def test_further_questions_have_the_logits_of_transformers(
-    language: str, name: str, load: Callable[..., RowDecoder]
-) -> None:
-    model = make_model(language, VARIANTS[language][name])
-    decoder = load(language, model)
+def test_further_questions_have_the_logits_of_transformers(language: str, name: str, exported: Exporter) -> None:
+    model, decoder = loaded(exported(language, name))
     image, other = make_prompts(model, [(4, 1), (4, 1)])
     prompts = [*about(image, [3, 9, 11], [7]), *about(other, [5, 6])]
     for row, prompt in enumerate(prompts):
@@ -79,10 +65,9 @@ def check(logits: np.ndarray, model: Any, prompt: Prompt, generated: Sequence[in
 @torch.no_grad()
 @pytest.mark.usefixtures("_large")
 @pytest.mark.parametrize("language", ["opt", "llama"])
-def test_prompts_that_come_together_share_what_is_known(language: str, load: Callable[..., RowDecoder]) -> None:
+def test_prompts_that_come_together_share_what_is_known(language: str, exported: Exporter) -> None:
     """Those of one image read its soft tokens once, wherever they stand; further ones, of two images, not at all."""
-    model = make_model(language)
-    decoder = load(language, model)
+    model, decoder = loaded(exported(language, "plain"))
     image, other = make_prompts(model, [(4, 1), (3, 1)])
     together = [*about(image, [3, 9, 11]), *about(image, [8, 8]), *about(other, [5])]
     check_all(decoder, model, together)
@@ -96,10 +81,9 @@ def test_prompts_that_come_together_share_what_is_known(language: str, load: Cal
 
 
 @torch.no_grad()
-def test_a_small_model_reads_prompts_that_come_together_together(load: Callable[..., RowDecoder]) -> None:
+def test_a_small_model_reads_prompts_that_come_together_together(exported: Exporter) -> None:
     """And knows them afterwards, one by one."""
-    model = make_model("opt")
-    decoder = load("opt", model)
+    model, decoder = loaded(exported("opt", "plain"))
     image, other = make_prompts(model, [(4, 1), (3, 1)])
     for _ in range(2):
         check_all(decoder, model, [*about(image, [3, 9, 11]), *about(other, [5]), *about(image, [8, 8])])
@@ -112,16 +96,15 @@ def test_a_small_model_reads_prompts_that_come_together_together(load: Callable[
 
 @torch.no_grad()
 @pytest.mark.usefixtures("_large")
-def test_what_is_dropped_in_between_is_read_again(load: Callable[..., RowDecoder]) -> None:
+def test_what_is_dropped_in_between_is_read_again(exported: Exporter) -> None:
     """With room for one image, the second's soft tokens drop the first's, which another prompt was to go on behind."""
-    model = make_model("opt")
-    decoder = load("opt", model)
+    model, decoder = loaded(exported("opt", "plain"))
     image, other = make_prompts(model, [(4, 1), (4, 1)])
     decoder.prefill(0, [image])
     size = int(decoder.prefix_gauges()["prefix_cache_bytes"])
     decoder.close()
     for budget, found in ((size, 0), (size - 1, 0), (2 * size, 1)):
-        decoder = load("opt", model, budget)
+        decoder = exported("opt", "plain").load(budget)
         check_all(decoder, model, [*about(image, [3]), *about(other, [5]), *about(image, [8, 8])])
         assert hits(decoder) == found
         decoder.close()
@@ -137,14 +120,13 @@ def check_all(decoder: RowDecoder, model: Any, prompts: Sequence[Prompt]) -> Non
 
 
 @torch.no_grad()
-def test_a_budget_is_kept_and_what_is_used_stays_longest(load: Callable[..., RowDecoder]) -> None:
-    model = make_model("opt")
-    decoder = load("opt", model)
+def test_a_budget_is_kept_and_what_is_used_stays_longest(exported: Exporter) -> None:
+    model, decoder = loaded(exported("opt", "plain"))
     first, second, third = make_prompts(model, [(4, 1), (4, 1), (4, 1)])
     decoder.prefill(0, [first])
     size = int(decoder.prefix_gauges()["prefix_cache_bytes"])
     decoder.close()
-    decoder = load("opt", model, 2 * size)
+    decoder = exported("opt", "plain").load(2 * size)
     for prompt in (first, second, first, third):
         decoder.prefill(0, [prompt])
     assert hits(decoder) == 1
@@ -158,15 +140,14 @@ def test_a_budget_is_kept_and_what_is_used_stays_longest(load: Callable[..., Row
 
 @torch.no_grad()
 def test_without_a_budget_and_behind_an_encoder_nothing_is_kept(
-    load: Callable[..., RowDecoder],
+    exported: Exporter,
 ) -> None:
-    model = make_model("opt")
-    decoder = load("opt", model, 0)
+    model, decoder = loaded(exported("opt", "plain"), 0)
     (image,) = make_prompts(model, [(4, 2)])
     for _ in range(2):
         check(decoder.prefill(0, [image])[0], model, image)
     assert decoder.prefix_gauges() == {}
     decoder.close()
-    decoder = load("t5", make_model("t5"))
+    decoder = exported("t5", "gated, untied").load(MANY)
     assert decoder.prefix_gauges() == {}
     decoder.close()

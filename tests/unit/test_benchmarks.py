@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import platform
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from benchmarks.measure import Plan, measure
 from benchmarks.peers import Batching
 from benchmarks.plot import draw
 from benchmarks.rows import Load, Round, Row, Setting, append_rows, make_rows, read_rows
+from benchmarks.setting import cpu_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTING = Setting("2026-01-02T03:04:05+00:00", "cpu, model", 2, 2, 0.5, "1", "2", "3", "4", "5", "demo", "python -m x")
@@ -257,3 +259,30 @@ def test_quick_run(tmp_path: Path) -> None:
     for workload_name in ("distinct", "repeated"):
         with Image.open(tmp_path / "results" / f"serving-{workload_name}.png") as image:
             assert image.format == "PNG"
+
+
+UNNAMED = platform.processor() or platform.machine()
+LISTINGS = {
+    "avx2": ("model name\t: AMD EPYC\nflags\t\t: fpu avx avx2 vaes\n", "AMD EPYC (AVX2)"),
+    "vnni": (
+        "model name\t: AMD EPYC\nflags\t\t: avx2 avx512f avx_vnni avx512_vnni avx512_bf16\n",
+        "AMD EPYC (AVX2, AVX-512, VNNI, bf16)",
+    ),
+    "arm": (
+        "processor\t: 0\nFeatures\t: fp asimddp i8mm bf16\n",
+        f"{UNNAMED} (dot product, i8mm, bf16)",
+    ),
+    "old": ("model name\t: Old: one\nflags\t\t: fpu sse2\n", "Old: one"),
+}
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+def test_a_processor_is_named_with_what_it_multiplies_by(name: str, tmp_path: Path) -> None:
+    listing, expected = LISTINGS[name]
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"{listing}\n{listing.replace('avx2', '').replace('i8mm', '')}")  # the first one counts
+    assert cpu_model(file) == expected
+
+
+def test_a_machine_without_such_a_listing_has_a_name_too(tmp_path: Path) -> None:
+    assert cpu_model(tmp_path / "none") == UNNAMED

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,13 @@ class Vision:
 def main(checkpoint: str, threads: str, work: str, kind: str) -> None:
     """Convert if need be, in a process of its own, and serve."""
     file = Path(work) / f"openvino-{kind}.xml"
-    if not file.exists():
-        subprocess.run([sys.executable, "-m", __spec__.name, "--convert", checkpoint, str(file), kind], check=True)
-    packages = ("openvino", "nncf") if kind == "int8" else ("openvino",)
-    serve(lambda: Vision(file, int(threads)).answer, packages)
+
+    def load() -> Callable[[Job], Output]:
+        if not file.exists():
+            subprocess.run([sys.executable, "-m", __spec__.name, "--convert", checkpoint, str(file), kind], check=True)
+        return Vision(file, int(threads)).answer
+
+    serve(load, ("openvino", "nncf") if kind == "int8" else ("openvino",))
 
 
 if __name__ == "__main__":

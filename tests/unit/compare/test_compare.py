@@ -62,6 +62,14 @@ def test_a_peer_that_does_not_start_is_told(log: Path) -> None:
     assert "cannot be loaded" in log.read_text()
 
 
+def test_a_peer_that_says_something_else_is_told(log: Path) -> None:
+    with (
+        pytest.raises(PeerError, match=f"it said 'INFO: loading', which is no answer; see {log}"),
+        Peer([sys.executable, "-c", "print('INFO: loading')"], log, threads=1),
+    ):
+        pass
+
+
 def test_nothing_of_a_peer_is_left(log: Path) -> None:
     child = (
         "import subprocess, sys; subprocess.Popen(['sleep', '600']); print('{\"versions\": {}}', flush=True); input()"
