@@ -1,11 +1,12 @@
 """How the cost of a request grows: with requests in flight, tokens of the prompt, and pixels of the image.
 
-    python -m benchmarks.growth CHECKPOINT BUNDLE [--curves flight known prompt image] [--max-in-flight 64]
+    python -m benchmarks.growth CHECKPOINT BUNDLE [--curves flight bulk known prompt image] [--max-in-flight 64]
 
-A real server of the bundle, one curve after the other; each point after requests that are not counted. Rows go to
-benchmarks/results/growth.csv, and beside it a plot of the last curves of this checkpoint on this kind of machine.
+A real server of the bundle for each curve, one after the other; each point after requests that are not counted. Rows
+go to benchmarks/results/growth.csv, and beside it a plot of the curves of this checkpoint on this kind of machine.
 
 - ``flight``: clients that always have a request under way, each for a caption of 20 tokens of an image of its own.
+- ``bulk``: the same, from a server that reads images before it decodes (``blipstream serve --decode-niceness 10``).
 - ``known``: a short question about an image that the server has seen before, so that the decode loop is all that works.
 - ``prompt``: a question of so many tokens about a known image, one at a time; an answer of one token.
 - ``image``: a JPEG file of so many pixels, decoded and made the pixels of the ViT (``preprocess``), one at a time.
@@ -20,7 +21,9 @@ import shlex
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +54,7 @@ _PICTURES = Sizes((320, 240), (1024, 768))
 _TIMES = 5
 """Of each point of the curves that go one at a time."""
 _TIMEOUT_S = 3600.0
+_BULK_NICENESS = 10
 _SETTLE_S = 1.0
 """Longer than the time between two publications of the metrics."""
 
@@ -105,6 +109,8 @@ class Curves:
     def flight(self) -> Iterator[Point]:
         """See above."""
         return self._in_flight(images=None, seed=1)
+
+    bulk = flight
 
     def known(self) -> Iterator[Point]:
         """See above."""
@@ -176,9 +182,10 @@ def _single(value: float, calls: Sequence[Callable[[], object]]) -> Point:
     return Point(value, len(calls), statistics.median(taken), float(np.percentile(taken, 90)))
 
 
-CURVES = ("flight", "known", "prompt", "image")
+CURVES = ("flight", "bulk", "known", "prompt", "image")
 _TITLES = {
     "flight": ("clients, each image new", "requests per second"),
+    "bulk": ("clients, each image new, images first", "requests per second"),
     "known": ("clients, images known", "requests per second"),
     "prompt": ("tokens of the prompt", "ms"),
     "image": ("millions of pixels", "ms"),
@@ -186,12 +193,13 @@ _TITLES = {
 
 
 def draw(rows: Sequence[GrowthRow], path: Path) -> None:
-    """Draw curves as a PNG file, each as the last of the runs that has it."""
-    last = {row.curve: row.date for row in rows}
-    names = [name for name in CURVES if name in last]
+    """Draw curves as a PNG file, each of the run that has most of its points, the last of those."""
+    points = Counter((row.curve, row.date) for row in rows)
+    chosen = {curve: date for (curve, date), _ in sorted(points.items(), key=lambda item: (item[1], item[0][1]))}
+    names = [name for name in CURVES if name in chosen]
     figure = Figure(figsize=(4 * len(names), 3.6), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        own = [row for row in rows if (row.curve, row.date) == (name, last[name])]
+        own = [row for row in rows if (row.curve, row.date) == (name, chosen[name])]
         label, unit = _TITLES[name]
         values = [row.request_throughput if unit != "ms" else row.p50_ms for row in own]
         axes.plot([row.value for row in own], values, "o-", color="#0072b2", markersize=4)
@@ -213,16 +221,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     command, load = shlex.join(["python", "-m", "benchmarks.growth", *arguments]), os.getloadavg()[0]
     console = Console()
-    with TritonServer(options.bundle, config=ServerConfig(request_timeout=_TIMEOUT_S)) as server:
-        setting = make_setting(server, options.checkpoint, len(os.sched_getaffinity(0)), command, load)
-        curves = Curves(server, options.max_in_flight, options.max_prompt, options.requests)
-        for name in options.curves:
+    setting = None
+    for name in options.curves:
+        config = ServerConfig(request_timeout=_TIMEOUT_S, decode_niceness=_BULK_NICENESS if name == "bulk" else 0)
+        with (
+            TritonServer(options.bundle, config=config) as server,
+            closing(Curves(server, options.max_in_flight, options.max_prompt, options.requests)) as curves,
+        ):
+            threads = len(os.sched_getaffinity(0))
+            setting = setting or make_setting(server, options.checkpoint, threads, command, load)
             for point in getattr(curves, name)():
                 figures = {key: round(value, 4) for key, value in dataclasses.asdict(point).items()}
                 row = GrowthRow(**dataclasses.asdict(setting), curve=name, **figures)
                 append_rows(options.results / FILE, [row])
                 console.print(" ".join([name, *(f"{key} {value:g}" for key, value in figures.items())]))
-        curves.close()
+    assert setting is not None  # the parser wants a curve at least
     alike = [row for row in read_rows(options.results / FILE, GrowthRow) if row.is_like(setting)]
     draw(alike, options.results / f"growth-{setting.checkpoint_name}.png")
     return 0

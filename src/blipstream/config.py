@@ -34,6 +34,8 @@ class ServerConfig:
     """Seconds that a request may wait for its slot when it does not say itself; 0 means for ever."""
     prefill_budget: int = 512
     """Prompt tokens that are prefilled between two decode steps at most, unless a single prompt is longer."""
+    decode_niceness: int = 0
+    """Added to the niceness of the decode loop's process: on a CPU, images are then read before tokens are decoded."""
     cache_bytes: int = 256 << 20
     """Bytes of image features that are kept; 0 keeps none."""
     prefix_bytes: int = 256 << 20

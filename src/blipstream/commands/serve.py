@@ -34,6 +34,14 @@ class ModelOptions:
     request_timeout: Annotated[
         float, typer.Option(help="Seconds that a request may wait for a slot when it does not say; 0 means for ever.")
     ] = _DEFAULTS.request_timeout
+    decode_niceness: Annotated[
+        int,
+        typer.Option(
+            max=19,
+            help="On a CPU, let images be read before tokens are decoded: more requests a second, longer answers. 10 "
+            "leaves decoding a tenth of the cores meanwhile; 0 lets both go on alike.",
+        ),
+    ] = _DEFAULTS.decode_niceness
     cache_bytes: Annotated[int, typer.Option(help="Bytes of image features that are kept; 0 keeps none.")] = (
         _DEFAULTS.cache_bytes
     )

@@ -29,6 +29,7 @@ class DecoderModel:
         """Load tokenizer and decoder, and start to serve."""
         folder = ModelFolder(args)
         manifest, config = folder.manifest, folder.config
+        os.nice(config.decode_niceness)  # the engine's threads, which come next, have that of their creator
         tokenizer = Tokenizer.load(folder.path / TOKENIZER_FILE)
         self._decoder = load_decoder(manifest.decoder, folder.load_engine, config.prefix_bytes)
         limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
