@@ -210,8 +210,7 @@ def draw(rows: Sequence[GrowthRow], path: Path) -> None:
             axes.xaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    row = rows[-1]
-    figure.suptitle(f"{row.checkpoint}; {row.device}, {row.cores} cores; {row.date}", fontsize=9)
+    figure.suptitle(rows[-1].title, fontsize=9)
     figure.savefig(path)
 
 

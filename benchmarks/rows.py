@@ -38,6 +38,11 @@ class Setting:
         """The checkpoint, as names of files have it."""
         return self.checkpoint.replace("/", "-")
 
+    @property
+    def title(self) -> str:
+        """What a plot of the run says of it."""
+        return f"{self.checkpoint}; {self.device}, {self.cores} cores; {self.date}"
+
     def is_like(self, other: Setting) -> bool:
         """Whether both are of the same checkpoint on the same kind of machine."""
         return (self.checkpoint, self.device, self.cores) == (other.checkpoint, other.device, other.cores)

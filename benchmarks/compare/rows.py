@@ -68,7 +68,7 @@ def draw(rows: Sequence[ComparedRow], setting: Setting, path: Path) -> None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("times as long as Blipstream in the same round; slowest and fastest round")
     axes.grid(alpha=0.3, axis="x")
-    figure.suptitle(f"{setting.checkpoint}; {setting.device}, {setting.cores} cores; {setting.date}", fontsize=9)
+    figure.suptitle(setting.title, fontsize=9)
     figure.savefig(path)
 
 

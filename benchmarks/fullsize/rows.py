@@ -89,5 +89,5 @@ def draw_stages(rows: Sequence[StageRow], setting: Setting, path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(title="ViT/Q-Former/decoder", fontsize=8, title_fontsize=8)
-    figure.suptitle(f"{setting.checkpoint}; {setting.device}, {setting.cores} cores; {setting.date}", fontsize=9)
+    figure.suptitle(setting.title, fontsize=9)
     figure.savefig(path)

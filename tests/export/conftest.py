@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from blipstream_export.build import BuildOptions, BuildResult, build
 
 from tests.checkpoints import save_blip2_opt
-from tests.export.language_models import VARIANTS, Exported, make_model
+from tests.export.language_models import VARIANTS, Exported, Exporter, make_model
 
 torch.set_num_threads(1)  # the models are tiny
 
@@ -29,7 +28,7 @@ def random_bundle(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Exported]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
     """A variant of a language model, exported once for all tests."""
 
     @functools.cache

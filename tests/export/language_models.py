@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ class Exported:
         return load_decoder(
             self.sizes, lambda file: create_engine("onnxruntime", self.folder / file, threads=1), prefix_bytes
         )
+
+
+Exporter = Callable[[str, str], Exported]
+"""Gives a variant of a language model, exported once."""
 
 
 def make_prompts(model: Any, lengths: Sequence[tuple[int, int]], seed: int = 1) -> list[Prompt]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from tests.export.language_models import (
     VARIANTS,
     VOCAB_SIZE,
     Exported,
+    Exporter,
     assert_close,
     decode_along,
     expected_logits,
@@ -182,9 +182,7 @@ def test_embeddings_of_t5_are_stored_once(tied: bool, precision: Precision, tmp_
 
 
 @pytest.mark.parametrize(("language", "name"), [case for case in CASES if case[0] != "opt"])
-def test_graphs_compute_the_logits_of_transformers(
-    language: str, name: str, exported: Callable[[str, str], Exported]
-) -> None:
+def test_graphs_compute_the_logits_of_transformers(language: str, name: str, exported: Exporter) -> None:
     found = exported(language, name)
     decoder = found.load()
     decode_along(decoder, found.model)
@@ -199,9 +197,7 @@ def test_graphs_compute_the_logits_of_transformers(
         ("t5", DECODER_FILE, {"GroupQueryAttention", "SimplifiedLayerNormalization", "Gemm"}),
     ],
 )
-def test_graphs_use_the_fused_operators(
-    language: str, file: str, operators: set[str], exported: Callable[[str, str], Exported]
-) -> None:
+def test_graphs_use_the_fused_operators(language: str, file: str, operators: set[str], exported: Exporter) -> None:
     plain = next(iter(VARIANTS[language]))
     graph = onnx.load(exported(language, plain).folder / file).graph
     found = [node.op_type for node in graph.node]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from blipstream.decoding.request import Prompt
 from blipstream.engines import RowDecoder
 from blipstream.engines import decoder as decoders
-from tests.export.language_models import CASES, Exported, expected_logits, make_prompts
+from tests.export.language_models import CASES, Exported, Exporter, expected_logits, make_prompts
 
 MANY = 1 << 20
 
@@ -21,9 +21,6 @@ MANY = 1 << 20
 def _large(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models here count as large ones."""
     monkeypatch.setattr(decoders, "LARGE", 1)
-
-
-Exporter = Callable[[str, str], Exported]
 
 
 def loaded(exported: Exported, prefix_bytes: int = MANY) -> tuple[Any, RowDecoder]:
@@ -139,9 +136,7 @@ def test_a_budget_is_kept_and_what_is_used_stays_longest(exported: Exporter) -> 
 
 
 @torch.no_grad()
-def test_without_a_budget_and_behind_an_encoder_nothing_is_kept(
-    exported: Exporter,
-) -> None:
+def test_without_a_budget_and_behind_an_encoder_nothing_is_kept(exported: Exporter) -> None:
     model, decoder = loaded(exported("opt", "plain"), 0)
     (image,) = make_prompts(model, [(4, 2)])
     for _ in range(2):

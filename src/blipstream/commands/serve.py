@@ -38,8 +38,8 @@ class ModelOptions:
         int,
         typer.Option(
             max=19,
-            help="On a CPU, let images be read before tokens are decoded: more requests a second, longer answers. 10 "
-            "leaves decoding a tenth of the cores meanwhile; 0 lets both go on alike.",
+            help="On a CPU, let images be read before tokens are decoded: more requests a second, but what is streamed "
+            "stalls meanwhile, as 10 leaves decoding a tenth of the cores; 0 lets both go on alike.",
         ),
     ] = _DEFAULTS.decode_niceness
     cache_bytes: Annotated[int, typer.Option(help="Bytes of image features that are kept; 0 keeps none.")] = (
