@@ -7,11 +7,14 @@ BIN := $(VENV)/bin
 WORK := .work
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-checkpoint test test-large check format bench gpu clean
+.PHONY: help install demo demo-checkpoint test test-quick test-shuffled test-large durations check format bench gpu clean
 
 help:
 	@echo "make demo             caption the sample images with the demo checkpoint, on a real Triton server"
-	@echo "make test             the whole test suite"
+	@echo "make test             the whole test suite; durations and coverage are then in .work/test"
+	@echo "make test-quick       what needs no server and builds nothing, in at most three minutes"
+	@echo "make test-shuffled    the whole test suite, the tests of each module in another order"
+	@echo "make durations        keep the durations of the last make test; by these the next one orders its modules"
 	@echo "make test-large       the published models' true shapes, at reduced depth (minutes and gigabytes each)"
 	@echo "make check            ruff (lint and format) and mypy strict"
 	@echo "make bench            the benchmarks; adds rows to benchmarks/results/"
@@ -35,9 +38,27 @@ demo: $(INSTALLED)
 demo-checkpoint: $(INSTALLED)
 	cd demo && ../$(BIN)/python -m blipstream_demo train --work ../$(WORK)/demo-checkpoint
 
-# Two workers, a module's tests together; a thread each for torch, whose threads would wait for each other's cores.
+# Two workers, a module's tests together, the slowest module first (tests/conftest.py); a thread each for torch, whose
+# threads would wait for each other's cores.
+RUN := .work/test
+PYTEST := -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 30 --durations-min 3 --junitxml $(RUN)/junit.xml
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	mkdir -p $(RUN)/coverage
+	rm -f $(RUN)/coverage/* $(RUN)/junit.xml
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run $(PYTEST) $(OPTIONS); status=$$?; \
+	$(BIN)/python -m tests.support.durations $(RUN)/junit.xml; \
+	$(BIN)/python -m coverage combine --quiet; $(BIN)/python -m coverage report > $(RUN)/coverage.txt; \
+	tail -n 1 $(RUN)/coverage.txt; exit $$status
+
+test-quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not server and not slow" $(OPTIONS)
+
+test-shuffled:
+	$(MAKE) test OPTIONS="--shuffle $$(date +%s)"
+
+durations: $(INSTALLED)
+	$(BIN)/python -m tests.support.durations $(RUN)/junit.xml --record
 
 test-large: $(INSTALLED)
 	$(BIN)/python -m pytest --large -m large

@@ -1,13 +1,18 @@
-"""What all tests share."""
+"""What all tests share: what is skipped, in which order modules run, and what a run reports at its end."""
 
 from __future__ import annotations
 
 import logging
 import os
+import random
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch  # makes the logger below what it is
+
+from tests.support import durations
+from tests.support.servers import DEATH
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -25,11 +30,46 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--large", action="store_true", help="run the tests marked large as well")
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="shuffle the tests within each module")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_report_header(config: pytest.Config) -> str | None:
+    seed = config.getoption("--shuffle")
+    return None if seed is None else f"shuffled: --shuffle {seed}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     for item in items:
         if item.get_closest_marker("large") and not config.getoption("--large"):
             item.add_marker(pytest.mark.skip(reason="takes minutes and gigabytes: give pytest --large"))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
+    yield  # pytest itself brings together what shares a parameter of a fixture
+    order_modules(items)
+
+
+def order_modules(items: list[pytest.Item]) -> None:
+    """The slowest modules first, so no worker is left with one at the end; each module's tests together."""
+    table = durations.load()
+    modules = [item.nodeid.partition("::")[0] for item in items]
+    rank = {name: (-table.get(name, durations.UNKNOWN_S), name) for name in modules}
+    order = sorted(range(len(items)), key=lambda i: (rank[modules[i]], i))
+    items[:] = [items[i] for i in order]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Every server that died, whatever became of its test."""
+    reports = [report for some in terminalreporter.stats.values() for report in some]
+    deaths = {
+        (report.nodeid, value)
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == DEATH
+    }
+    for test, death in sorted(deaths):
+        terminalreporter.section("a server died", sep="!", red=True)
+        terminalreporter.line(f"{test}: {death}")

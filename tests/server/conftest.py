@@ -11,32 +11,40 @@ from blipstream.config import ServerConfig
 from blipstream.triton.server import TritonServer
 from tests.checkpoints import make_images, save_blip2_opt
 from tests.server.wire import png
+from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.servers import Serving, served
 
 SLOTS = 3
 """Few, so that a few requests fill them."""
+QUEUE_SIZE = 24
 ROW_TOKENS = 20_000
 """Many, so that a request can keep its slot for as long as a test needs."""
+CONFIG = ServerConfig(threads=1, queue_size=QUEUE_SIZE, max_image_bytes=4 << 20, max_image_pixels=2_000_000)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    opt = {"max_position_embeddings": ROW_TOKENS}
-    return save_blip2_opt(tmp_path_factory.mktemp("random") / "checkpoint", seed=3, opt=opt)
+def checkpoint() -> Path:
+    return checkpoint_of(save_blip2_opt, seed=3, opt={"max_position_embeddings": ROW_TOKENS})
 
 
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Path) -> Path:
-    from blipstream_export.build import BuildOptions, build
+    from blipstream_export.build import BuildOptions
 
-    folder = checkpoint.parent / "bundle"
-    build(str(checkpoint), folder, BuildOptions(max_sequences=SLOTS, max_tokens=ROW_TOKENS))
-    return folder
+    return bundle_of(checkpoint, BuildOptions(max_sequences=SLOTS, max_tokens=ROW_TOKENS))
 
 
 @pytest.fixture(scope="session")
-def server(bundle: Path) -> Iterator[TritonServer]:
-    config = ServerConfig(threads=1, queue_size=24, max_image_bytes=4 << 20, max_image_pixels=2_000_000)
-    with TritonServer(bundle, config=config, verbose=True) as server:
+def serving(bundle: Path) -> Iterator[Serving]:
+    """A module that needs a server of another bundle or configuration has a fixture of this name of its own."""
+    with served(bundle, CONFIG) as serving:
+        yield serving
+
+
+@pytest.fixture
+def server(serving: Serving, request: pytest.FixtureRequest) -> Iterator[TritonServer]:
+    """A running server; the test in whose time it dies fails."""
+    with serving.lent(request.node) as server:
         yield server
 
 

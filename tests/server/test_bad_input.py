@@ -17,6 +17,7 @@ from blipstream.triton.server import TritonServer
 from tests.checkpoints import TinySizes, make_images
 from tests.server.conftest import ROW_TOKENS
 from tests.server.wire import Reply, Stream, ask, ask_unary, generate, infer_inputs, png, refusal
+from tests.support.servers import Serving
 
 pytestmark = pytest.mark.server
 
@@ -82,9 +83,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.fixture(scope="module")
-def expected(server: TritonServer) -> list[int]:
+def expected(serving: Serving) -> list[int]:
     """Tokens for a sound request."""
-    return ask(server.grpc_url, image=GOOD, max_tokens=10).token_ids
+    return ask(serving.ready().grpc_url, image=GOOD, max_tokens=10).token_ids
 
 
 @pytest.mark.parametrize("name", BAD)

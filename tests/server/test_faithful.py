@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from blipstream_demo import evaluation, scenes
-from blipstream_export.build import build
 from PIL import Image
 
 from blipstream.triton.server import TritonServer
 from tests.checkpoints import PROMPTS, make_images, save_blip2
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
+from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.servers import START_S, Serving, served
 
 pytestmark = [
     pytest.mark.server,
@@ -31,11 +32,9 @@ DEMO_CHECKPOINT = DEMO / "checkpoint"
 
 
 @pytest.fixture(scope="module")
-def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    bundle = tmp_path_factory.mktemp("demo") / "bundle"
-    build(str(DEMO_CHECKPOINT), bundle)
-    with TritonServer(bundle) as server:
-        yield server
+def serving() -> Iterator[Serving]:
+    with served(bundle_of(DEMO_CHECKPOINT)) as serving:
+        yield serving
 
 
 def demo_asks(count: int) -> list[Ask]:
@@ -47,39 +46,39 @@ def demo_asks(count: int) -> list[Ask]:
     return asks
 
 
-def test_two_hundred_images_by_sixteen_clients_equal_the_checkpoint(demo_server: TritonServer) -> None:
+def test_two_hundred_images_by_sixteen_clients_equal_the_checkpoint(server: TritonServer) -> None:
     asks = demo_asks(200)
-    answers = ask_concurrently(demo_server.grpc_url, asks)
+    answers = ask_concurrently(server.grpc_url, asks)
     assert_equal(Reference(DEMO_CHECKPOINT), asks, answers)
     assert {chunks[-1].finish_reason for chunks in answers} >= {"eos"}
 
 
-def test_penalties_and_limits_equal_the_checkpoint(demo_server: TritonServer) -> None:
+def test_penalties_and_limits_equal_the_checkpoint(server: TritonServer) -> None:
     asks = demo_asks(32)
     reference = Reference(DEMO_CHECKPOINT)
-    answers = ask_concurrently(demo_server.grpc_url, asks, repetition_penalty=1.5, min_tokens=6, max_tokens=12)
+    answers = ask_concurrently(server.grpc_url, asks, repetition_penalty=1.5, min_tokens=6, max_tokens=12)
     assert_equal(reference, asks, answers, repetition_penalty=1.5, min_new_tokens=6, max_new_tokens=12)
 
 
-def test_served_accuracy_is_the_model_cards(demo_server: TritonServer) -> None:
+def test_served_accuracy_is_the_model_cards(server: TritonServer) -> None:
     """Captions and answers for all 1,000 test scenes, judged by the code that made the model card."""
     evaluated = json.loads((DEMO / "evaluation.json").read_text())
     card = evaluated["generation"]["checkpoint"]
 
     def generate(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         asks = [Ask(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        answers = ask_concurrently(demo_server.grpc_url, asks)
+        answers = ask_concurrently(server.grpc_url, asks)
         return ["".join(chunk.text for chunk in chunks).strip() for chunks in answers]
 
     shown = scenes.test_scenes(evaluated["scenes"])
     figures = evaluation.generation(generate, shown, [scenes.render(scene) for scene in shown])
-    for served, measured in (
+    for found, measured in (
         *((figures["captions"][key], card["captions"][key]) for key in ("right", "exact")),
         *((figures["questions"][kind], card["questions"][kind]) for kind in card["questions"]),
     ):
-        assert served["n"] == measured["n"]
+        assert found["n"] == measured["n"]
         # the card was measured in padded batches, whose rounding may turn a tie: one text in a thousand
-        assert served["all"] == pytest.approx(measured["all"], abs=0.0015)
+        assert found["all"] == pytest.approx(measured["all"], abs=0.0015)
 
 
 # --- random checkpoints of odd sizes ---------------------------------------------------------------------------------
@@ -141,10 +140,9 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("language", "name"), VARIANTS)
-def test_random_variants_equal_the_checkpoint(language: str, name: str, tmp_path: Path) -> None:
-    checkpoint = save_blip2(tmp_path / "checkpoint", language, seed=len(name), text=VARIANTS[language, name])
-    build(str(checkpoint), tmp_path / "bundle")
+def test_random_variants_equal_the_checkpoint(language: str, name: str) -> None:
+    checkpoint = checkpoint_of(save_blip2, language, seed=len(name), text=VARIANTS[language, name])
     asks = [Ask(image, PROMPTS[i % len(PROMPTS)]) for i, image in enumerate(make_images(32, seed=1))]
-    with TritonServer(tmp_path / "bundle") as server:
+    with TritonServer(bundle_of(checkpoint), start_timeout=START_S) as server:
         answers = ask_concurrently(server.grpc_url, asks, max_tokens=24)
     assert_equal(Reference(checkpoint), asks, answers, max_new_tokens=24)

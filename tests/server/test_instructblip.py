@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from blipstream_export.build import BuildOptions
 
 from blipstream.triton.server import TritonServer
 from tests.checkpoints import TinySizes, make_images
@@ -16,6 +17,8 @@ from tests.instructblip import QFORMER_POSITIONS, save_instructblip
 from tests.languages import LANGUAGES
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
 from tests.server.wire import ask, metric, png, refusal, runs, settled, wait_until
+from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.servers import Serving, served
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -34,19 +37,14 @@ MODELS = ("preprocess", "vision_encoder", "qformer")
 
 
 @pytest.fixture(scope="module", params=LANGUAGES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("instructblip") / "checkpoint"
-    return save_instructblip(folder, request.param, seed=3)  # with some other seeds logits tie
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    return checkpoint_of(save_instructblip, request.param, seed=3)  # with some other seeds logits tie
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path) -> Iterator[TritonServer]:
-    from blipstream_export.build import BuildOptions, build
-
-    bundle = checkpoint.parent / "bundle"
-    build(str(checkpoint), bundle, BuildOptions(max_sequences=5))
-    with TritonServer(bundle, verbose=True) as server:
-        yield server
+def serving(checkpoint: Path) -> Iterator[Serving]:
+    with served(bundle_of(checkpoint, BuildOptions(max_sequences=5))) as serving:
+        yield serving
 
 
 def counts(server: TritonServer) -> dict[str, int]:

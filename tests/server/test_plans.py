@@ -9,41 +9,40 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blipstream_export.build import BuildOptions
 
 from blipstream.errors import ServerStartError
 from blipstream.triton.server import TritonServer
 from tests.checkpoints import PROMPTS, make_images, save_blip2
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
-from tests.simulated import FOLDER, simulated_gpu
+from tests.simulated import FOLDER
+from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.servers import START_S, Serving, served
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module", params=["opt", "t5"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_blip2(tmp_path_factory.mktemp("plans") / "checkpoint", request.param, seed=0)
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    return checkpoint_of(save_blip2, request.param, seed=0)
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint: Path) -> Path:
-    from blipstream_export.build import BuildOptions, build
-
-    folder = checkpoint.parent / "bundle"
-    with pytest.MonkeyPatch.context() as patch, simulated_gpu():
-        patch.setenv("XDG_CACHE_HOME", str(checkpoint.parent / "cache"))
-        build(str(checkpoint), folder, BuildOptions(engine="tensorrt", max_sequences=5))
-    return folder
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return bundle_of(checkpoint, BuildOptions(engine="tensorrt", max_sequences=5))
 
 
 @pytest.fixture(scope="module")
-def server(bundle: Path) -> Iterator[TritonServer]:
+def serving(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """A server whose models find the simulated packages: a model imports from its own folder before all others."""
-    served = bundle.with_name("served")
-    shutil.copytree(bundle, served)
+    copy = tmp_path_factory.mktemp("plans") / "bundle"
+    shutil.copytree(bundle, copy)
     for model in ("vision_encoder", "qformer", "blip2"):
-        shutil.copytree(FOLDER, served / model / "1", dirs_exist_ok=True)
-    with TritonServer(served, verbose=True) as server:
-        yield server
+        shutil.copytree(FOLDER, copy / model / "1", dirs_exist_ok=True)
+    with served(copy) as serving:
+        yield serving
 
 
 def test_mixed_requests_equal_the_checkpoint(server: TritonServer, checkpoint: Path) -> None:
@@ -55,4 +54,4 @@ def test_mixed_requests_equal_the_checkpoint(server: TritonServer, checkpoint: P
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
 def test_without_tensorrt_the_server_says_what_to_install(bundle: Path) -> None:
     with pytest.raises(ServerStartError, match=r"tensorrt is not installed: `pip install 'blipstream\[tensorrt\]'`"):
-        TritonServer(bundle).start()
+        TritonServer(bundle, start_timeout=START_S).start()

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blipstream_export.build import BuildOptions
 
 from blipstream.triton.server import TritonServer
 from tests.checkpoints import make_images
 from tests.instructblip import save_instructblipvideo
 from tests.server.videos import Reference, ask_concurrently, mixed_asks
 from tests.server.wire import ask, png, refusal, runs
+from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.servers import Serving, served
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -19,19 +22,14 @@ MODELS = ("preprocess", "vision_encoder", "qformer")
 
 
 @pytest.fixture(scope="module", params=["opt", "t5"])
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("video") / "checkpoint"
-    return save_instructblipvideo(folder, request.param, seed=0)  # with some other seeds logits tie
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    return checkpoint_of(save_instructblipvideo, request.param, seed=0)  # with some other seeds logits tie
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path) -> Iterator[TritonServer]:
-    from blipstream_export.build import BuildOptions, build
-
-    bundle = checkpoint.parent / "bundle"
-    build(str(checkpoint), bundle, BuildOptions(max_sequences=4))
-    with TritonServer(bundle, verbose=True) as server:
-        yield server
+def serving(checkpoint: Path) -> Iterator[Serving]:
+    with served(bundle_of(checkpoint, BuildOptions(max_sequences=4))) as serving:
+        yield serving
 
 
 def test_mixed_videos_equal_the_checkpoint(server: TritonServer, checkpoint: Path) -> None:

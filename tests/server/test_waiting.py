@@ -8,7 +8,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from blipstream.triton.server import TritonServer
-from tests.server.conftest import SLOTS
+from tests.server.conftest import QUEUE_SIZE, SLOTS
 from tests.server.wire import Stream, ask, ask_unary, infer_inputs, metric, occupied, refusal, settled, wait_until
 
 pytestmark = pytest.mark.server
@@ -99,13 +99,12 @@ def test_a_timeout_bounds_the_waiting_and_not_the_answer(server: TritonServer, i
 
 
 def test_a_full_queue_refuses(server: TritonServer, image: bytes) -> None:
-    queue_size = 24
     with occupied(server, SLOTS, image):
-        waiting = [Stream(server.grpc_url, image=image, max_tokens=1) for _ in range(queue_size)]
-        wait_until(lambda: metric(server, "blipstream_waiting_requests") == queue_size)
+        waiting = [Stream(server.grpc_url, image=image, max_tokens=1) for _ in range(QUEUE_SIZE)]
+        wait_until(lambda: metric(server, "blipstream_waiting_requests") == QUEUE_SIZE)
         status, message = refusal(lambda: ask_unary(server.grpc_url, image=image, max_tokens=1))
         assert status == UNAVAILABLE
-        assert message.endswith(f"the queue is full: {SLOTS + queue_size} requests are running or waiting")
+        assert message.endswith(f"the queue is full: {SLOTS + QUEUE_SIZE} requests are running or waiting")
     for stream in waiting:
         assert stream.next().num_output_tokens == 1
         stream.close()
