@@ -11,7 +11,7 @@ from typing import Any
 from blipstream_client import Client, TextChunk
 from PIL import Image
 
-from tests.server.wire import png
+from tests.server.wire import PATIENCE_S, png
 
 CLIENTS = 16
 
@@ -63,7 +63,7 @@ def ask_concurrently(url: str, asks: Sequence[Ask], **options: Any) -> list[list
     """The streamed chunks of each request, sent by 16 clients that each have a connection of their own."""
 
     def work(worker: int) -> list[list[TextChunk]]:
-        with Client(url, timeout=300) as client:
+        with Client(url, timeout=PATIENCE_S) as client:
             return [list(client.stream(png(ask.image), ask.prompt, **options)) for ask in asks[worker::CLIENTS]]
 
     with ThreadPoolExecutor(CLIENTS) as pool:

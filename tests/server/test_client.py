@@ -153,25 +153,6 @@ def test_a_deadline_frees_its_slot(client: Any, server: TritonServer, image: byt
     wire.wait_until(lambda: running(server) == 0)
 
 
-async def test_the_server_outlives_any_number_of_cancellations(server: TritonServer, images: list[bytes]) -> None:
-    async with AsyncClient(server.grpc_url) as client:
-
-        async def leave(number: int) -> None:
-            async with client.stream(images[number % len(images)], max_tokens=30, min_tokens=30) as stream:
-                async for chunk in stream:
-                    if chunk.num_output_tokens >= number % 20:
-                        break
-
-        async def expire(number: int) -> None:
-            with pytest.raises(DeadlineExceededError):
-                await client.generate(images[number % len(images)], timeout=0.001 * (1 + number % 40), **LONG)
-
-        for start in range(0, 400, 20):  # as many as the server takes at once
-            await asyncio.gather(*((leave, expire)[n % 2](n) for n in range(start, start + 20)))
-        assert (await client.caption(images[0], timeout=wire.PATIENCE_S)).num_output_tokens > 0
-    wire.wait_until(lambda: running(server) == 0)
-
-
 # --- failures --------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.checkpoints import make_images
 from tests.server.faithful import CLIENTS
+from tests.server.wire import PATIENCE_S
 
 TEXTS = ("", "what happens?", "Describe the video, please", "a")
 Ask = tuple[list[Image.Image], str]
@@ -29,7 +30,7 @@ def ask_concurrently(url: str, asks: Sequence[Ask], max_tokens: int) -> list[lis
     """The token ids of each answer, from as many clients at once as there are for images."""
 
     def work(ask: Ask) -> list[int]:
-        with Client(url, timeout=600) as client:
+        with Client(url, timeout=PATIENCE_S) as client:
             return list(client.generate(ask[0], ask[1], max_tokens=max_tokens).token_ids)
 
     with ThreadPoolExecutor(CLIENTS) as pool:

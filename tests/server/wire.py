@@ -23,8 +23,8 @@ from tritonclient.utils import InferenceServerException
 from blipstream.contract import BLIP2, BLIP2_INPUTS, BLIP2_UNARY
 from blipstream.triton.server import TritonServer
 
-PATIENCE_S = 300.0
-"""How long a test waits for something that must come about; machines may be busy."""
+PATIENCE_S = 45.0
+"""How long a test waits for something that must come about, within the minute that it has."""
 LONG = 1000
 """Tokens of a stream that cannot come as one response: on a busy machine, those of a few milliseconds go together."""
 PUBLICATION_S = 1.0
@@ -148,7 +148,9 @@ def ask(url: str, **inputs: Any) -> Reply:
 def ask_unary(url: str, *, timeout_us: int | None = None, **inputs: Any) -> Reply:
     """The response of ``blip2_unary``, by the unary call that every client knows."""
     with triton.InferenceServerClient(url) as client:
-        return Reply.read(client.infer(BLIP2_UNARY, infer_inputs(**inputs), timeout=timeout_us))
+        return Reply.read(
+            client.infer(BLIP2_UNARY, infer_inputs(**inputs), timeout=timeout_us, client_timeout=PATIENCE_S)
+        )
 
 
 def refusal(request: Callable[[], Any]) -> tuple[str, str]:
@@ -199,18 +201,21 @@ def metric(server: TritonServer, name: str, **labels: str) -> float:
 
 def settled(server: TritonServer, name: str, **labels: str) -> float:
     """A counter once it stands still: the server publishes what it counts some times a second."""
-    value = metric(server, name, **labels)
-    while True:
+    values = [metric(server, name, **labels)]
+
+    def stands_still() -> bool:
         time.sleep(PUBLICATION_S)
-        before, value = value, metric(server, name, **labels)
-        if value == before:
-            return value
+        values.append(metric(server, name, **labels))
+        return values[-1] == values[-2]
+
+    wait_until(stands_still)
+    return values[-1]
 
 
 def runs(server: TritonServer, model: str) -> int:
     """Inferences of a model since the server started."""
     with triton.InferenceServerClient(server.grpc_url) as client:
-        statistics = client.get_inference_statistics(model)
+        statistics = client.get_inference_statistics(model, client_timeout=PATIENCE_S)
     return int(statistics.model_stats[0].inference_stats.success.count)
 
 

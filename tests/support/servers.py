@@ -32,6 +32,9 @@ HEALTH_S = 10.0
 """Time in which a server must answer that it is ready."""
 DEATH = "server_death"
 """Property of a test in whose time a server died; the summary of the run shows it."""
+TAIL_LINES = 20
+"""Of the server's log, in a message."""
+_TABLES = ("+", "|")
 CRASHED = 139
 """Status of a process that ended of SIGSEGV."""
 TRITONS_CRASH = (
@@ -72,15 +75,17 @@ class Serving:
         """Lend a running server to one test.
 
         Raises:
-            ServerDiedError: it died meanwhile.
+            ServerDiedError: it died meanwhile, in place of what that did to the block.
         """
         if death := self.bury():  # nobody's fault: this test gets a new one, and the summary tells of it
             test.user_properties.append((DEATH, f"after {self._last_test}: {death}"))
-        yield self.ready()
-        self._last_test = test.nodeid
-        if death := self.bury():
-            test.user_properties.append((DEATH, str(death)))
-            raise death
+        try:
+            yield self.ready()
+        finally:
+            self._last_test = test.nodeid
+            if death := self.bury():
+                test.user_properties.append((DEATH, str(death)))
+                raise death
 
     def bury(self) -> ServerDiedError | None:
         """Why the server no longer serves, of which nothing is left then; None if it does, or has never started."""
@@ -89,10 +94,10 @@ class Serving:
         server, self._server = self._server, None
         kill(server)
         server.stop()
-        tail = server.log_tail
+        tail = [line for line in server.log_tail if not line.startswith(_TABLES)]
         is_tritons = server_crashed(fault, tail)
         reason = f"{fault}; {TRITONS_CRASH}" if is_tritons else fault
-        return ServerDiedError("\n  ".join([f"the server {reason}", *tail[-30:]]), is_tritons=is_tritons)
+        return ServerDiedError("\n  ".join([f"the server {reason}", *tail[-TAIL_LINES:]]), is_tritons=is_tritons)
 
     def close(self) -> None:
         if self._server is not None:
