@@ -48,6 +48,8 @@ class ServerConfig:
     """Large JPEG files are decoded at a reduced size, so many times that of the model's image at least; 0: whole."""
     max_text_bytes: int = 64 << 10
     """Bytes of a prompt, and of all stop words or bad words together, at most."""
+    max_words: int = 1000
+    """Stop words of a request, and bad words, at most."""
     stop_grace: float = 2.0
     """Seconds that running sequences have to end when the server stops."""
 

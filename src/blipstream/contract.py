@@ -115,6 +115,7 @@ BLIP2_INPUTS = (
     _optional("bad_words", "BYTES", (-1,)),
     _optional("stream", "BOOL"),
     _optional("return_log_probs", "BOOL"),
+    _optional("exclude_input_in_output", "BOOL"),
 )
 """Inputs of ``blip2``: names, types and shapes of NVIDIA's own ensembles, plus ``image``: one file, or as many as the
 model reads frames of a video."""

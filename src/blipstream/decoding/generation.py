@@ -163,11 +163,12 @@ def _check_prompt(prompt: Prompt, limits: GenerationLimits) -> None:
 
 
 def _token_chooser(request: GenerationRequest, tokenizer: Tokenizer, limits: GenerationLimits) -> TokenChooser:
+    bad_words = request.bad_word_ids
     return TokenChooser(
         request.params,
         prompt_ids=_seen_ids(request.prompt, limits),
         eos_token_ids=limits.eos_token_ids,
-        bad_words=tokenizer.word_sequences(request.params.bad_words),
+        bad_words=tokenizer.word_sequences(request.params.bad_words) if bad_words is None else bad_words,
         vocab_size=limits.vocab_size,
     )
 

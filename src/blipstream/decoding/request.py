@@ -186,6 +186,8 @@ class GenerationRequest:
     """Time (``time.monotonic()``, seconds) by which the sequence must have a slot."""
     arrived_at: float = field(default=0.0)
     """Time (``time.monotonic()``, seconds) at which the client's request arrived; for the time to first token."""
+    bad_word_ids: Sequence[tuple[int, ...]] | None = None
+    """Token sequences of ``params.bad_words``; when not given, the loop's caller waits until they are tokenized."""
 
 
 class Decoder(Protocol):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,28 @@ class Choice:
     token_id: int
     log_prob: float | None
     """Natural logarithm of its probability under the unmodified logits, when asked for."""
+
+
+class BannedWords:
+    """Token sequences that must not be completed, by the tokens before their last: a step costs a look-up for each
+    length among them, however many there are.
+
+    Args:
+        words: the sequences, none of them empty.
+    """
+
+    def __init__(self, words: Iterable[tuple[int, ...]]) -> None:
+        self._last_tokens: dict[tuple[int, ...], set[int]] = {}
+        for word in words:
+            self._last_tokens.setdefault(word[:-1], set()).add(word[-1])
+        self._lengths = sorted({len(beginning) for beginning in self._last_tokens})
+
+    def completing(self, history: Sequence[int]) -> Iterator[set[int]]:
+        """The tokens that would complete a word after ``history``, in sets."""
+        for length in self._lengths:
+            if length > len(history):
+                return
+            yield self._last_tokens.get(tuple(history[len(history) - length :]), set())
 
 
 class TokenChooser:
@@ -52,7 +74,7 @@ class TokenChooser:
     ) -> None:
         self._params = params
         self._eos_token_ids = list(eos_token_ids)
-        self._bad_words = [word for word in bad_words if len(word) > 1 or word[0] not in eos_token_ids]
+        self._bad_words = BannedWords(word for word in bad_words if len(word) > 1 or word[0] not in eos_token_ids)
         self._history = list(prompt_ids)
         self._num_prompt_ids = len(self._history)
         self._seen = {token for token in prompt_ids if token < vocab_size}
@@ -67,18 +89,14 @@ class TokenChooser:
             and params.repetition_penalty == 1.0
             and params.presence_penalty == 0.0
             and params.frequency_penalty == 0.0
-            and argmax not in self._banned()
+            and not any(argmax in tokens for tokens in self._banned())
         )
 
-    def _banned(self) -> list[int]:
-        """Tokens that must not come next: ends that come too early, and those that complete a bad word."""
-        history = self._history
-        banned = [
-            word[-1] for word in self._bad_words if len(word) == 1 or tuple(history[1 - len(word) :]) == word[:-1]
-        ]
-        if len(history) - self._num_prompt_ids < self._params.min_tokens:
-            banned += self._eos_token_ids
-        return banned
+    def _banned(self) -> Iterator[Collection[int]]:
+        """Tokens that must not come next: those that complete a bad word, and ends that come too early."""
+        yield from self._bad_words.completing(self._history)
+        if len(self._history) - self._num_prompt_ids < self._params.min_tokens:
+            yield self._eos_token_ids
 
     def choose(self, logits: Logits, row: int, argmax: int) -> Choice:
         """Choose the next token from a row of the logits (B, V), which is finite, and take it into the sequence's past.
@@ -110,7 +128,8 @@ class TokenChooser:
             ids = np.fromiter(self._generated, np.int64)
             counts = np.fromiter(self._generated.values(), np.float32)
             scores[ids] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts
-        scores[self._banned()] = -np.inf
+        for tokens in self._banned():
+            scores[list(tokens)] = -np.inf
         return scores
 
     def _pick(self, logits: Scores) -> int:

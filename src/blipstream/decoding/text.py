@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
 
-from blipstream.errors import BundleError
+from blipstream.errors import BundleError, InvalidRequestError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """The language model's tokenizer (``tokenizers`` library). Safe to use from several threads."""
+    """The language model's tokenizer (``tokenizers`` library). Safe to use from several threads.
+
+    A text that spells a special token, such as ``</s>``, is encoded as any other text.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         backend.no_padding()
         backend.no_truncation()
+        backend.encode_special_tokens = True
+        added = backend.get_added_tokens_decoder()
+        self._special = {token_id: token.content for token_id, token in added.items() if token.special}
         self._backend = backend
 
     @classmethod
@@ -35,8 +42,25 @@ class Tokenizer:
             raise BundleError(f"{path} is not a tokenizer: {error}") from error
 
     def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of a text; with ``special_tokens``, the ones that the tokenizer puts around a text as well."""
-        return tuple(self._backend.encode(text, add_special_tokens=special_tokens).ids)
+        """Token ids of a text; with ``special_tokens``, the ones that the tokenizer puts around a text as well.
+
+        Raises:
+            InvalidRequestError: the text spells a special token that the tokenizer cannot encode as text.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=special_tokens)
+        self._check(text, encoding)
+        return tuple(encoding.ids)
+
+    def _check(self, text: str, encoding: tokenizers.Encoding) -> None:
+        """A Unigram model (T5's) has its special tokens among its pieces, and finds them in a text."""
+        own = {token for token, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not added}
+        for token in sorted(own & self._special.keys()):
+            normalizer = self._backend.normalizer
+            spelt = text if normalizer is None else normalizer.normalize_str(text)
+            if self._special[token] in spelt:  # an unknown character is a special token as well, and no fault
+                raise InvalidRequestError(
+                    f"the text must not contain {self._special[token]!r}, which is a special token of this model"
+                )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the tokens, special tokens left out."""
@@ -60,7 +84,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._pieces = _TokenPieces(tokenizer)
-        self._stop = stop
+        self._stop = StopStrings(stop) if stop else None
         self._held = ""
         self.stopped = False
         """Whether a stop string has appeared. Nothing is released after it."""
@@ -79,22 +103,48 @@ class TextStream:
     def _release(self, text: str) -> str:
         if self.stopped:
             return ""
-        if not self._stop:
+        if self._stop is None:
             return text
         text = self._held + text
-        ends = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
-        if ends:
+        start = self._stop.find(text)
+        if start is not None:
             self.stopped, self._held = True, ""
-            return text[: min(ends)[1]]  # the stop string that was complete first, however the text was cut into tokens
-        keep = self._open_length(text)
+            return text[:start]
+        keep = self._stop.open_length(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-    def _open_length(self, text: str) -> int:
-        """Length of the longest end of ``text`` with which a stop string begins."""
-        longest = min(len(text), max(map(len, self._stop)) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
+
+class StopStrings:
+    """Strings of which the first to be complete is looked for; the time that takes hardly grows with their number.
+
+    Args:
+        strings: at least one, none of them empty.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self._sorted: list[str] = []
+        for string in sorted(strings):
+            if not (self._sorted and string.startswith(self._sorted[-1])):  # else that other one is complete first
+                self._sorted.append(string)
+        self._longest = max(map(len, self._sorted))
+
+    def find(self, text: str) -> int | None:
+        """Where the string starts that is complete first in ``text``, however that was cut into tokens."""
+        ends = []
+        for start in range(len(text)):
+            # none of the strings begins another, so only the nearest in order can be what the text goes on with
+            nearest = bisect_right(self._sorted, text[start : start + self._longest]) - 1
+            if nearest >= 0 and text.startswith(self._sorted[nearest], start):
+                ends.append((start + len(self._sorted[nearest]), start))
+        return min(ends)[1] if ends else None
+
+    def open_length(self, text: str) -> int:
+        """Length of the longest end of ``text`` with which a string begins."""
+        for length in range(min(len(text), self._longest - 1), 0, -1):
+            end = text[-length:]
+            nearest = bisect_left(self._sorted, end)
+            if nearest < len(self._sorted) and self._sorted[nearest].startswith(end):
                 return length
         return 0
 

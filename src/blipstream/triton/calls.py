@@ -24,13 +24,9 @@ from blipstream.errors import (
     RequestTimeoutError,
     ServerBusyError,
 )
+from blipstream.triton.parameters import CALL_PARAMETER, timeout_seconds
 
 Array = npt.NDArray[Any]
-
-CALL_PARAMETER = "blipstream_call"
-"""Request parameter by which ``blip2_unary`` names a request that it forwards, with a random string."""
-CANCEL_PARAMETER = "blipstream_cancel"
-"""Request parameter by which it has such a request cancelled: Triton passes no cancellation on to a BLS request."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +69,13 @@ class Call(Protocol):
     """Time (``time.monotonic()``, seconds)."""
     timeout: float
     """Seconds that the client is ready to wait for a slot; 0 when it did not say."""
-    name: str
-    """Name by which another model may have it cancelled; empty when there is none."""
+    parameters: Mapping[str, Any]
+    """What came beside the inputs."""
+
+    @property
+    def name(self) -> str:
+        """Name by which it may be cancelled; empty when there is none."""
+        ...
 
     def inputs(self) -> Mapping[str, Array]:
         """The inputs by name, with their batch dimension."""
@@ -108,9 +109,13 @@ class TritonCall:
         self._over = False  # guarded by the lock
         self.request_id = str(request.request_id())
         self.arrived_at = time.monotonic()
-        self.parameters = _parameters(request)
-        self.timeout = _timeout_seconds(request, self.parameters)
-        self.name = str(self.parameters.get(CALL_PARAMETER, ""))
+        self.parameters: Mapping[str, Any] = _parameters(request)
+        self.timeout = timeout_seconds(request.timeout(), self.parameters)
+
+    @property
+    def name(self) -> str:
+        """Name by which it may be cancelled; empty when there is none."""
+        return str(self.parameters.get(CALL_PARAMETER, ""))
 
     def inputs(self) -> dict[str, Array]:
         """The inputs by name, with their batch dimension; none, once the final response was sent."""
@@ -214,9 +219,3 @@ def run_model(model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -
 def _parameters(request: Any) -> dict[str, Any]:
     parameters = json.loads(request.parameters() or "{}")
     return parameters if isinstance(parameters, dict) else {}
-
-
-def _timeout_seconds(request: Any, parameters: Mapping[str, Any]) -> float:
-    """The timeout of the inference protocol, in microseconds; by ``generate`` it arrives as a parameter."""
-    microseconds = request.timeout() or parameters.get("timeout", 0)
-    return microseconds / 1e6 if isinstance(microseconds, (int, float)) and microseconds > 0 else 0.0

@@ -11,14 +11,16 @@ from blipstream.contract import TOKENIZER_FILE
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import load_decoder
+from blipstream.errors import InvalidRequestError
 from blipstream.instructions import InstructionEncoder
 from blipstream.preprocess import ImageLimits, limit_pillow
-from blipstream.triton.calls import CANCEL_PARAMETER, TritonCall
+from blipstream.triton.calls import TritonCall
 from blipstream.triton.images import ImageModels
 from blipstream.triton.inputs import RequestParser
 from blipstream.triton.lifeline import LIFELINE_VARIABLE, watch_lifeline
 from blipstream.triton.metrics import MetricsPublisher, ServingMetrics, triton_family
 from blipstream.triton.model import ModelFolder
+from blipstream.triton.parameters import CANCEL_PARAMETER
 from blipstream.triton.service import GenerationService
 
 
@@ -66,10 +68,15 @@ class DecoderModel:
         for request in requests:
             call = TritonCall(request)
             if CANCEL_PARAMETER in call.parameters:
-                self._service.cancel(str(call.parameters[CANCEL_PARAMETER]))
-                call.respond(None, final=True)
+                self._cancel(call, str(call.parameters[CANCEL_PARAMETER]))
             else:
                 self._service.accept(call)
+
+    def _cancel(self, call: TritonCall, name: str) -> None:
+        if self._service.cancel(name):
+            call.respond(None, final=True)
+        else:
+            call.fail(InvalidRequestError(f"no request that has not ended is called {name[:64]!r}"))
 
     def finalize(self) -> None:
         """Answer whoever still waits, and stop."""

@@ -15,16 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from blipstream.config import ServerConfig
-from blipstream.contract import BLIP2_INPUTS
 from blipstream.decoding.request import SamplingParams
 from blipstream.errors import InvalidRequestError
 from blipstream.instructions import InstructionEncoder
 from blipstream.manifest import Manifest
 from blipstream.preprocess import ImageLimits, resolve_image
+from blipstream.triton.parameters import INPUT_NAMES, check_parameters, unknown_option
 
 Array = npt.NDArray[Any]
 
-KNOWN_INPUTS = frozenset(spec.name for spec in BLIP2_INPUTS)
+MAX_WORD_BYTES = 1024
+"""Of one stop word or bad word."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class ParsedRequest:
     """The text's ids for the Q-Former; None where it reads no instruction."""
     params: SamplingParams
     stream: bool
+    echo: bool
+    """Whether the answer is to begin with the request's text."""
 
 
 class RequestParser:
@@ -69,24 +72,32 @@ class RequestParser:
         self._generation = manifest.generation
         self._limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
         self._max_text_bytes = config.max_text_bytes
+        self._max_words = config.max_words
 
-    def parse(self, inputs: Mapping[str, Array]) -> ParsedRequest:
+    def parse(self, inputs: Mapping[str, Array], parameters: Mapping[str, Any]) -> ParsedRequest:
         """Check the inputs, by name and with their batch dimension of 1, and gather them.
 
+        Args:
+            inputs: the tensors.
+            parameters: what came beside them; none of it changes the answer.
+
         Raises:
-            InvalidRequestError: an input is malformed, contradicts another or asks for what is not served.
+            InvalidRequestError: an input is malformed, contradicts another or asks for what is not served, or a
+                parameter is unknown.
             PromptTooLongError: the text is longer than the Q-Former reads.
         """
-        unknown = sorted(set(inputs) - KNOWN_INPUTS)
+        check_parameters(parameters)
+        unknown = sorted(set(inputs) - INPUT_NAMES)
         if unknown:
-            raise InvalidRequestError(f"there is no input called {unknown[0]!r}")
+            raise unknown_option(unknown[0])
         text = self._text("text_input", _scalar(inputs, "text_input"))
         return ParsedRequest(
             images=self._images(inputs),
             text=text,
             instruction=None if self._instructions is None else self._instructions.encode(text),
             params=self._params(inputs),
-            stream=bool(_scalar(inputs, "stream") or False),
+            stream=bool(_scalar(inputs, "stream")),
+            echo=not _scalar(inputs, "exclude_input_in_output", default=True),
         )
 
     def _images(self, inputs: Mapping[str, Array]) -> tuple[ImageSource, ...]:
@@ -135,7 +146,7 @@ class RequestParser:
             seed=None if seed is None else int(seed),
             stop=self._words(inputs, "stop_words"),
             bad_words=self._words(inputs, "bad_words"),
-            log_probs=bool(_scalar(inputs, "return_log_probs") or False),
+            log_probs=bool(_scalar(inputs, "return_log_probs")),
         )
 
     def _words(self, inputs: Mapping[str, Array], name: str) -> tuple[str, ...]:
@@ -143,10 +154,13 @@ class RequestParser:
         words = [_as_bytes(word) for word in inputs[name].flat] if name in inputs else []
         if words == [b""]:
             return ()
-        if sum(map(len, words)) > self._max_text_bytes:
-            raise InvalidRequestError(
-                f"{name} must have at most {self._max_text_bytes} bytes, but has {sum(map(len, words))}"
-            )
+        for limit, found, what in (
+            (self._max_words, len(words), "strings"),
+            (self._max_text_bytes, sum(map(len, words)), "bytes"),
+            (MAX_WORD_BYTES, max(map(len, words), default=0), "bytes in one string"),
+        ):
+            if found > limit:
+                raise InvalidRequestError(f"{name} must have at most {limit} {what}, but has {found}")
         return tuple(self._text(name, word) for word in words)
 
     def _text(self, name: str, value: Any) -> str:
@@ -181,10 +195,10 @@ def _min_tokens(inputs: Mapping[str, Array]) -> int:
     return int(newer if newer is not None else older if older is not None else 0)
 
 
-def _scalar(inputs: Mapping[str, Array], name: str) -> Any:
-    """The one element of an input (1, 1), or None when it was not given."""
+def _scalar(inputs: Mapping[str, Array], name: str, default: Any = None) -> Any:
+    """The one element of an input (1, 1), or the default when it was not given."""
     if name not in inputs:
-        return None
+        return default
     array = inputs[name]
     if array.size != 1:
         raise InvalidRequestError(f"{name} must hold one element, but its shape is {array.shape}")

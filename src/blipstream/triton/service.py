@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from blipstream.config import ServerConfig
 from blipstream.decoding.loop import DecodeLoop
-from blipstream.decoding.request import Chunk, GenerationRequest, Prompt
+from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, SamplingParams
 from blipstream.decoding.text import Tokenizer
 from blipstream.errors import (
     BlipstreamError,
@@ -33,6 +34,7 @@ from blipstream.triton.calls import Call
 from blipstream.triton.cancellation import CancellationWatch
 from blipstream.triton.inputs import ImageSource, ParsedRequest, RequestParser
 from blipstream.triton.metrics import ServingMetrics
+from blipstream.triton.parameters import CALL_PARAMETER
 from blipstream.triton.session import ResponseWriter, Session
 
 _log = logging.getLogger(__name__)
@@ -68,6 +70,12 @@ class ImageReader(Protocol):
     def soft_tokens_of(self, image_embeds: Features, instruction: Sequence[int]) -> Features:
         """Soft tokens (Q, D) of another instruction about an image."""
         ...
+
+
+@dataclass(frozen=True)
+class _TokenizedTexts:
+    prompt: tuple[int, ...]
+    bad_words: list[tuple[int, ...]]
 
 
 class GenerationService:
@@ -110,6 +118,7 @@ class GenerationService:
         self._events_thread = threading.Thread(target=self._events.run_forever, name="requests", daemon=True)
         self._changed = threading.Condition()  # guards what follows
         self._live: set[Session] = set()
+        self._named: dict[str, Session] = {}
         self._closing = False
         self._closed = False
 
@@ -124,9 +133,11 @@ class GenerationService:
         """Take a call; it gets exactly one final response, whatever happens."""
         session = Session(call, self._writer, self._on_end)
         with self._changed:
-            refusal = self._refusal()
+            refusal = self._refusal(call)
             if refusal is None:
                 self._live.add(session)
+                if call.name:
+                    self._named[call.name] = session
                 asyncio.run_coroutine_threadsafe(self._serve(session), self._events)
         if refusal is None:
             self._watch.add(session)
@@ -134,12 +145,13 @@ class GenerationService:
             call.fail(refusal)
             self.metrics.on_outcome(outcome_of(refusal))
 
-    def cancel(self, name: str) -> None:
-        """Cancel the call of that name, if it is at hand."""
+    def cancel(self, name: str) -> bool:
+        """Cancel the call of that name; whether there is one at hand."""
         with self._changed:
-            named = [session for session in self._live if session.call.name == name]
-        for session in named if name else ():
+            session = self._named.get(name)
+        if session is not None:
             self._on_cancel(session)
+        return session is not None
 
     def gauges(self) -> dict[str, float]:
         """Values of the metrics that are kept elsewhere."""
@@ -185,10 +197,11 @@ class GenerationService:
         try:
             if session.cancelled:  # before there was a task to cancel
                 raise asyncio.CancelledError
-            parsed = await self._on(self._parsers, lambda: self._parser.parse(call.inputs()))
+            parsed, texts = await self._on(self._parsers, lambda: self._parse(call))
             session.stream = parsed.stream
+            session.prefix = parsed.text if parsed.echo else ""
             soft_tokens = await self._wait_for_features(call, parsed)
-            self._decode_loop.submit(self._request(session, parsed, soft_tokens))
+            self._decode_loop.submit(self._request(session, parsed.params, texts, soft_tokens))
         except asyncio.CancelledError:
             session.cancel()
         except BlipstreamError as error:
@@ -198,6 +211,12 @@ class GenerationService:
             session.fail(EngineError(f"an internal error occurred: {error!r}"))
         finally:
             session.task = None
+
+    def _parse(self, call: Call) -> tuple[ParsedRequest, _TokenizedTexts]:
+        """On a parser's thread."""
+        parsed = self._parser.parse(call.inputs(), call.parameters)
+        token_ids = self._tokenizer.encode(parsed.text) if parsed.text else self._empty_prompt_ids
+        return parsed, _TokenizedTexts(token_ids, self._tokenizer.word_sequences(parsed.params.bad_words))
 
     async def _soft_tokens(self, parsed: ParsedRequest) -> Features:
         """Soft tokens (F * Q, D) of a request's F images, one image's behind the other's."""
@@ -230,12 +249,14 @@ class GenerationService:
                 f"timeout is {self._timeout(call):.3f} s"
             ) from None
 
-    def _request(self, session: Session, parsed: ParsedRequest, soft_tokens: Features) -> GenerationRequest:
-        token_ids = self._tokenizer.encode(parsed.text) if parsed.text else self._empty_prompt_ids
+    def _request(
+        self, session: Session, params: SamplingParams, texts: _TokenizedTexts, soft_tokens: Features
+    ) -> GenerationRequest:
         return GenerationRequest(
             request_id=session.call.request_id,
-            prompt=Prompt(soft_tokens, token_ids),
-            params=parsed.params,
+            prompt=Prompt(soft_tokens, texts.prompt),
+            params=params,
+            bad_word_ids=texts.bad_words,
             on_chunk=session.on_chunk,
             is_cancelled=lambda: session.cancelled,
             start_by=self._start_by(session.call),
@@ -253,11 +274,13 @@ class GenerationService:
 
     # --- the ends of calls -------------------------------------------------------------------------------------------
 
-    def _refusal(self) -> ServerBusyError | None:
+    def _refusal(self, call: Call) -> BlipstreamError | None:
         if self._closing:
             return ServerBusyError(_SHUTTING_DOWN)
         if len(self._live) >= self._limit:
             return ServerBusyError(f"the queue is full: {len(self._live)} requests are running or waiting")
+        if call.name in self._named:
+            return InvalidRequestError(f"{CALL_PARAMETER} must be a new name, but another request has this one")
         return None
 
     def _on_cancel(self, session: Session) -> None:
@@ -272,6 +295,7 @@ class GenerationService:
         self._watch.discard(session)
         with self._changed:
             self._live.discard(session)
+            self._named.pop(session.call.name, None)
             self._changed.notify_all()
 
     def _withdraw_all(self, *, waiting_only: bool = False) -> None:

@@ -29,6 +29,8 @@ class Session:
         self.call = call
         self.stream = False
         """Whether the client wants each piece of text as it comes; the service sets it when it has read the inputs."""
+        self.prefix = ""
+        """What the first response's text begins with; the service sets it, too."""
         self.task: asyncio.Task[None] | None = None
         """What brings the call to the decode loop; the service's event loop alone touches it."""
         self.cancelled = False
@@ -104,8 +106,9 @@ class Session:
         last = chunks[-1]
         log_probs = tuple(value for chunk in chunks for value in chunk.log_probs)
         self._log_probs_sum += sum(log_probs)
+        prefix, self.prefix = self.prefix, ""
         return Answer(
-            text="".join(chunk.text for chunk in chunks),
+            text=prefix + "".join(chunk.text for chunk in chunks),
             finish_reason="" if last.finish_reason is None else last.finish_reason.value,
             num_input_tokens=last.num_input_tokens,
             num_output_tokens=last.num_output_tokens,

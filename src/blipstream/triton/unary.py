@@ -7,6 +7,7 @@ on a thread of its own and is answered by its response sender.
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,35 +15,42 @@ from typing import Any
 
 import numpy as np
 
-from blipstream.contract import BLIP2
-from blipstream.errors import EngineError
-from blipstream.triton.calls import CALL_PARAMETER, CANCEL_PARAMETER, TritonCall, forwarded_error
+from blipstream.contract import BLIP2, BLIP2_UNARY
+from blipstream.errors import BlipstreamError, EngineError, InvalidRequestError, ServerBusyError
+from blipstream.triton.calls import Answer, TritonCall, forwarded_error
 from blipstream.triton.cancellation import CancellationWatch
 from blipstream.triton.model import ModelFolder
+from blipstream.triton.parameters import CALL_PARAMETER, CANCEL_PARAMETER, check_parameters
 
 _log = logging.getLogger(__name__)
 
 _SPARE_THREADS = 8
 """Beyond what ``blip2`` takes at once, so that it is the one that refuses."""
+_MAX_TIMEOUT_US = 2**63 - 1
+"""What the protocol can say."""
 
 
 class UnaryModel:
-    """Owns the threads that wait for ``blip2``."""
+    """Owns the threads that wait for ``blip2``, one for each request that it takes."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Start to serve."""
         folder = ModelFolder(args)
-        at_once = folder.config.queue_size + folder.manifest.decoder.max_sequences + _SPARE_THREADS
-        self._pool = ThreadPoolExecutor(at_once, "forwarded")
+        self._at_once = folder.config.queue_size + folder.manifest.decoder.max_sequences + _SPARE_THREADS
+        self._free = threading.Semaphore(self._at_once)
+        self._pool = ThreadPoolExecutor(self._at_once, "forwarded")
         self._watch = CancellationWatch[ForwardedCall](ForwardedCall.cancel)
         self._watch.start()
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Forward the requests."""
+        """Forward the requests, or refuse them at once where all threads wait."""
         for request in requests:
             call = ForwardedCall(request)
-            self._watch.add(call)
-            self._pool.submit(self._forward, call)
+            if self._free.acquire(blocking=False):
+                self._watch.add(call)
+                self._pool.submit(self._forward, call)
+            else:
+                call.fail(ServerBusyError(f"the queue is full: {self._at_once} requests are running or waiting"))
 
     def finalize(self) -> None:
         """Stop the threads; by now Triton has seen every request answered."""
@@ -51,12 +59,18 @@ class UnaryModel:
 
     def _forward(self, call: ForwardedCall) -> None:
         try:
-            call.forward()
+            if call.is_cancelled():
+                call.send(Answer("", "cancelled", num_input_tokens=0, num_output_tokens=0), final=True)
+            else:
+                call.forward()
+        except BlipstreamError as error:
+            call.fail(error)
         except Exception as error:
             _log.exception("request %s could not be forwarded", call.request_id)
             call.fail(EngineError(f"the request could not be forwarded to {BLIP2}: {error!r}"))
         finally:
             self._watch.discard(call)
+            self._free.release()
 
 
 class ForwardedCall(TritonCall):
@@ -64,16 +78,22 @@ class ForwardedCall(TritonCall):
 
     def __init__(self, request: Any) -> None:
         super().__init__(request)
-        self.name = uuid.uuid4().hex
+        self._forwarded_name = self.name or uuid.uuid4().hex
         self._output_names = list(request.requested_output_names())
-        self._timeout_us = request.timeout()
 
     def forward(self) -> None:
-        """Ask ``blip2``, wait, and pass its answer on."""
+        """Ask ``blip2``, wait, and pass its answer on.
+
+        Raises:
+            InvalidRequestError: a parameter is unknown.
+        """
         import triton_python_backend_utils as pb_utils
 
+        check_parameters(self.parameters)
+        if CANCEL_PARAMETER in self.parameters:
+            raise InvalidRequestError(f"{CANCEL_PARAMETER} must be sent to {BLIP2}, but it was sent to {BLIP2_UNARY}")
         tensors = [tensor for tensor in self._request.inputs() if tensor.name() != "stream"]
-        responses = list(self._ask(tensors, {**self.parameters, CALL_PARAMETER: self.name}))
+        responses = list(self._ask(tensors, {CALL_PARAMETER: self._forwarded_name}))
         error = forwarded_error(responses[0].error()) if responses[0].has_error() else None
         self.respond(pb_utils.InferenceResponse(responses[0].output_tensors(), error), final=True)
 
@@ -84,7 +104,7 @@ class ForwardedCall(TritonCall):
         nothing = pb_utils.Tensor(
             "text_input", np.array([[b""]], np.object_)
         )  # Triton refuses a request without inputs
-        list(self._ask([nothing], {CANCEL_PARAMETER: self.name}))
+        list(self._ask([nothing], {CANCEL_PARAMETER: self._forwarded_name}))
 
     def _ask(self, tensors: list[Any], parameters: Mapping[str, Any]) -> Any:
         import triton_python_backend_utils as pb_utils
@@ -94,7 +114,7 @@ class ForwardedCall(TritonCall):
             model_name=BLIP2,
             inputs=tensors,
             requested_output_names=self._output_names,
-            timeout=self._timeout_us,
+            timeout=min(round(self.timeout * 1e6), _MAX_TIMEOUT_US),
             parameters=dict(parameters),
         )
         return request.exec(decoupled=True)

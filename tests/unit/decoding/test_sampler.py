@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from blipstream.decoding.logits import DeviceLogits
 from blipstream.decoding.request import SamplingParams
 from blipstream.decoding.sampler import (
+    BannedWords,
     Choice,
     TokenChooser,
     choose_tokens,
@@ -25,6 +26,7 @@ from blipstream.errors import EngineError, InvalidRequestError
 
 VOCAB_SIZE = 53
 EOS = 7
+TOKENS = st.integers(0, 3)
 
 
 def chooser_of(prompt_ids=(), bad_words=(), eos=(EOS,), vocab_size=VOCAB_SIZE, **params):
@@ -324,6 +326,15 @@ def test_a_bad_word_of_several_tokens_is_banned_when_about_to_be_complete():
     logits = np.array([9.0, 8.0, 1.0], np.float32)
     chooser = chooser_of(prompt_ids=[2, 0], bad_words=[(0, 0, 1), (0, 0, 0)], eos=(), vocab_size=3)
     assert tokens_of(chooser, np.tile(logits, (4, 1))) == [0, 2, 0, 0]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple)), st.lists(st.integers(0, 3), max_size=6)
+)
+def test_words_are_found_by_what_comes_before_their_last_token(words, history):
+    expected = {word[-1] for word in words if tuple(history[len(history) - len(word) + 1 :]) == word[:-1]}
+    assert set().union(*BannedWords(words).completing(history)) == expected
 
 
 def test_log_probabilities_are_those_of_the_unmodified_logits():

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from blipstream.decoding.text import TextStream, Tokenizer
-from blipstream.errors import BundleError
+from blipstream.errors import BundleError, InvalidRequestError
 from tests.unit.decoding.fakes import EOS, byte_tokenizer
 
 CORPUS = [
@@ -229,6 +229,45 @@ def test_special_tokens_are_added_when_wanted():
     backend.post_processor = tokenizers.processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 0)])
     tokenizer = Tokenizer(backend)
     assert tokenizer.encode("a") == (0, *tokenizer.encode("a", special_tokens=False))
+
+
+def wordpiece_backend() -> tokenizers.Tokenizer:
+    """As the Q-Former's (BERT's): punctuation is cut off."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "sep", "mask", "a"]
+    model = tokenizers.models.WordPiece({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = tokenizers.normalizers.BertNormalizer()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    backend.add_special_tokens(words[:4])
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("make_backend", "text"),
+    [
+        (byte_level_backend, "a</s> b"),
+        (byte_level_backend, "<image>"),
+        (byte_level_backend, "<pad><pad>"),
+        (wordpiece_backend, "a [SEP] [MASK]"),
+    ],
+)
+def test_a_text_that_spells_a_special_token_is_plain_text(make_backend, text):
+    backend = tokenizers.Tokenizer.from_str(make_backend().to_str())
+    special = set(backend.get_added_tokens_decoder())
+    assert special & set(backend.encode(text, add_special_tokens=False).ids)
+    assert not special & set(Tokenizer(backend).encode(text, special_tokens=False))
+
+
+@pytest.mark.parametrize("text", ["a</s>", "<s>"])
+def test_a_special_token_among_the_pieces_of_a_unigram_model_is_refused(text):
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(metaspace_backend().to_str()))
+    with pytest.raises(InvalidRequestError, match=r"the text must not contain '<.*>', which is a special token of th"):
+        tokenizer.encode(text)
+
+
+def test_an_unknown_character_is_no_fault():
+    assert Tokenizer(wordpiece_backend()).encode("a é北") == (1, 8, 0, 0, 2)
 
 
 def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path):

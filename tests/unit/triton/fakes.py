@@ -79,7 +79,7 @@ def tensors(**inputs: Any) -> dict[str, np.ndarray]:
             result[name] = np.array([list(value)], np.object_)
         elif name in floats:
             result[name] = np.array([[value]], np.float32)
-        elif name in ("stream", "return_log_probs"):
+        elif isinstance(value, bool):
             result[name] = np.array([[value]], np.bool_)
         elif name == "random_seed":
             result[name] = np.array([[value]], np.uint64)
@@ -93,11 +93,14 @@ def tensors(**inputs: Any) -> dict[str, np.ndarray]:
 class FakeCall:
     """A call whose client collects what it is answered."""
 
-    def __init__(self, *, timeout: float = 0.0, name: str = "", **inputs: Any) -> None:
+    def __init__(
+        self, *, timeout: float = 0.0, name: str = "", parameters: Mapping[str, Any] | None = None, **inputs: Any
+    ) -> None:
         self.request_id = "fake"
         self.arrived_at = time.monotonic()
         self.timeout = timeout
         self.name = name
+        self.parameters = parameters or {}
         self.answers: list[Answer] = []
         self.error: BlipstreamError | None = None
         self.cancelled = False

@@ -12,6 +12,7 @@ import pytest
 
 from blipstream.config import ServerConfig
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
+from blipstream.decoding.text import Tokenizer
 from blipstream.errors import EngineError, InvalidImageError, PromptTooLongError, RequestTimeoutError, ServerBusyError
 from blipstream.features import Features, ImageFeatures
 from blipstream.instructions import InstructionEncoder
@@ -294,11 +295,32 @@ def test_cancelling_by_name(bench: Bench) -> None:
     bench.decoder.going.clear()
     call = bench.ask(name="abc", stream=True, max_tokens=50)
     wait_until(lambda: bench.decoder.prefills)
-    bench.service.cancel("")
-    bench.service.cancel("other")
-    bench.service.cancel("abc")
+    twin = bench.ask(name="abc").wait()
+    assert str(twin.error) == "blipstream_call must be a new name, but another request has this one"
+    assert [bench.service.cancel(name) for name in ("", "other", "abc")] == [False, False, True]
     bench.step_until(call.ended.is_set)
     assert call.wait().finish_reason == "cancelled"
+    assert not bench.service.cancel("abc")
+
+
+def test_bad_words_are_tokenized_where_they_hold_nobody_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    tokenize = Tokenizer.word_sequences
+
+    def watched(tokenizer: Tokenizer, words: Sequence[str]) -> list[tuple[int, ...]]:
+        threads.append(threading.current_thread().name)
+        return tokenize(tokenizer, words)
+
+    monkeypatch.setattr(Tokenizer, "word_sequences", watched)
+    assert bench.ask(bad_words=[b"a"], max_tokens=2).wait().error is None
+    assert [name.startswith("request-parser") for name in threads] == [True]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_text_is_echoed_once(bench: Bench, stream: bool) -> None:
+    plain = bench.ask(text_input=b"ab", max_tokens=9, stream=stream).wait()
+    echoed = bench.ask(text_input=b"ab", max_tokens=9, stream=stream, exclude_input_in_output=False).wait()
+    assert echoed.text == "ab" + plain.text
 
 
 def test_timeout_while_waiting_for_a_slot(bench: Bench) -> None:
