@@ -74,6 +74,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "min_tokens negative": ({"image": GOOD, "min_tokens": -5}, "min_tokens must be an integer of at least 0"),
     "beams": ({"image": GOOD, "beam_width": 3}, "beam search is not served yet"),
     "empty stop word": ({"image": GOOD, "stop_words": [b"a", b""]}, "stop_words must not hold an empty string"),
+    "many stop words": ({"image": GOOD, "stop_words": [b"a"] * 1001}, "stop_words must have at most 1000 strings"),
+    "long bad word": ({"image": GOOD, "bad_words": [b"a" * 1025]}, "bad_words must have at most 1024 bytes in one str"),
     "wrong shape": (
         {"image": GOOD, "max_tokens": np.ones((1, 2), np.int32)},
         "unexpected shape for input 'max_tokens'",
@@ -107,6 +109,26 @@ def test_a_wrong_type_is_refused(server: TritonServer) -> None:
         _, message = refusal(lambda: client.infer("blip2_unary", [*infer_inputs(image=GOOD), tensor]))
     assert "data-type is 'FP32'" in message
     assert "expects 'INT32'" in message
+
+
+@pytest.mark.parametrize(
+    ("parameters", "fault"),
+    [
+        ({"max_new_tokens": 5}, "there is no option called 'max_new_tokens', and max_tokens was expected"),
+        ({"max_tokens": 5}, "max_tokens must be an input, but it was given as a parameter"),
+        ({"colour": 1.5}, "there is no option called 'colour'"),
+        (
+            {"blipstream_cancel": "0123456789abcdef"},
+            "blipstream_cancel must be sent to blip2, but it was",
+        ),
+    ],
+)
+def test_unknown_parameters_are_refused(server: TritonServer, parameters: dict[str, Any], fault: str) -> None:
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        inputs = infer_inputs(image=GOOD)
+        status, message = refusal(lambda: client.infer("blip2_unary", inputs, parameters=parameters))
+    assert fault in message
+    assert status == INVALID
 
 
 def test_neighbours_of_bad_requests_are_untouched(server: TritonServer, expected: list[int]) -> None:

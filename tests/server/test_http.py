@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from typing import Any
 
 import pytest
 
@@ -61,15 +62,48 @@ def test_parameters_by_json(server: TritonServer, image: bytes) -> None:
         ({"image": "abcde"}, "it is not valid base64"),
         ({"image": base64.b64encode(b"%PDF-1.7").decode()}, "it looks like a PDF file"),
         ({}, "neither image nor image_input was given"),
+        ({"prompt": "a"}, "there is no option called 'prompt', and text_input was expected"),
+        ({"max_new_tokens": 3, "temperature": 0.5}, "there is no option called 'max_new_tokens', and max_tokens was"),
+        ({"parameters": {"num_beams": 3}}, "there is no option called 'num_beams', and beam_width was expected"),
+        ({"colour": 1.5}, "there is no option called 'colour', and those expected are image, "),
+        ({"timeout": "5s"}, "timeout must be a number of microseconds of at least 0, but it is '5s'"),
+        ({"blipstream_call": "guess"}, "blipstream_call must be a random string of at least 16 characters"),
+        ({"max_tokens": "10"}, "Unable to parse 'data'"),
     ],
 )
-def test_errors_by_json(server: TritonServer, fields: dict[str, str], fault: str) -> None:
+def test_errors_by_json(server: TritonServer, fields: dict[str, Any], fault: str) -> None:
     for endpoint in ("blip2/generate", "blip2_unary/generate"):
         status, body = post(server, endpoint, text_input="", **fields)
         assert status >= 400
         assert fault in json.loads(body)["error"]
     _, body = post(server, "blip2/generate_stream", text_input="", **fields)
     assert fault in body.decode()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": [9], "text_input": ["a"]},
+        {"parameters": {"max_tokens": 9}, "text_input": "a"},
+        {"max_tokens": 9, "text_input": "a", "stop_words": "", "bad_words": []},
+        {
+            "max_tokens": 9,
+            "text_input": "a",
+            "id": "7",
+            "priority": 1,
+            "sequence_id": 5,
+            "timeout": 6e7,
+            "X-Request-Id": 1,
+        },
+        {"max_tokens": 9, "text_input": "a", "exclude_input_in_output": True},
+    ],
+)
+@pytest.mark.parametrize("endpoint", ["blip2/generate", "blip2_unary/generate"])
+def test_other_ways_to_ask_the_same(server: TritonServer, image: bytes, endpoint: str, fields: dict[str, Any]) -> None:
+    status, body = post(server, endpoint, image=data_url(image), **fields)
+    assert status == 200
+    expected = ask(server.grpc_url, image=image, text_input="a", max_tokens=9)
+    assert json.loads(body)["text_output"] == expected.text
 
 
 def test_a_timeout_by_json(server: TritonServer, image: bytes) -> None:
