@@ -83,36 +83,15 @@ def test_served_accuracy_is_the_model_cards(server: TritonServer) -> None:
 
 # --- random checkpoints of odd sizes ---------------------------------------------------------------------------------
 
-VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("opt", "three heads of 20, untied"): {
-        "hidden_size": 60,
-        "num_attention_heads": 3,
-        "num_hidden_layers": 3,
-        "tie_word_embeddings": False,
-    },
-    ("opt", "embeddings narrower than the layers, norms after"): {
-        "hidden_size": 48,
-        "word_embed_proj_dim": 20,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 1,
-        "do_layer_norm_before": False,
-    },
-    ("opt", "larger vocabulary, no biases"): {
+VARIANTS: dict[str, dict[str, Any]] = {
+    "opt": {
         "vocab_size": 371,
         "hidden_size": 40,
         "num_attention_heads": 5,
         "enable_bias": False,
         "num_hidden_layers": 4,
     },
-    ("llama", "heads of 12 in two groups, no biases"): {"num_key_value_heads": 2, "num_hidden_layers": 3},
-    ("llama", "one key head, biases, scaled positions"): {
-        "head_dim": 20,
-        "num_key_value_heads": 1,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
-    },
-    ("llama", "tied, llama3 positions"): {
+    "llama": {
         "tie_word_embeddings": True,
         "rope_parameters": {
             "rope_type": "llama3",
@@ -123,25 +102,16 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
             "original_max_position_embeddings": 24,
         },
     },
-    ("t5", "gated, untied, a shallower decoder"): {"num_layers": 3, "num_decoder_layers": 2},
-    ("t5", "ungated, tied, few buckets"): {
-        "feed_forward_proj": "relu",
-        "tie_word_embeddings": True,
-        "relative_attention_num_buckets": 6,
-        "relative_attention_max_distance": 9,
-    },
-    ("t5", "as Flan-T5 in BLIP-2: gelu, another begin token, heads of 5"): {
-        "dense_act_fn": "gelu",
-        "bos_token_id": 30,
-        "d_kv": 5,
-        "num_heads": 5,
-    },
+    # as Flan-T5 in BLIP-2
+    "t5": {"dense_act_fn": "gelu", "bos_token_id": 30, "d_kv": 5, "num_heads": 5},
 }
+"""One of each language model: what else varies is compared without a server, which does not look into a model."""
+SEEDS = {"opt": 28, "llama": 22, "t5": 59}
 
 
-@pytest.mark.parametrize(("language", "name"), VARIANTS)
-def test_random_variants_equal_the_checkpoint(language: str, name: str) -> None:
-    checkpoint = checkpoint_of(save_blip2, language, seed=len(name), text=VARIANTS[language, name])
+@pytest.mark.parametrize("language", VARIANTS)
+def test_random_variants_equal_the_checkpoint(language: str) -> None:
+    checkpoint = checkpoint_of(save_blip2, language, seed=SEEDS[language], text=VARIANTS[language])
     asks = [Ask(image, PROMPTS[i % len(PROMPTS)]) for i, image in enumerate(make_images(32, seed=1))]
     with TritonServer(bundle_of(checkpoint), start_timeout=START_S) as server:
         answers = ask_concurrently(server.grpc_url, asks, max_tokens=24)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-from blipstream_export.build import BuildOptions, build
+from blipstream_export.build import BuildOptions
 
 from blipstream.contract import (
     BLIP2,
@@ -24,6 +23,7 @@ from blipstream.decoding.text import Tokenizer
 from blipstream.engines import create_engine, load_decoder
 from blipstream.manifest import Manifest
 from tests.checkpoints import PROMPTS, make_images, save_blip2
+from tests.support.bundles import bundle_of, checkpoint_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -40,9 +40,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "opt",
         {"hidden_size": 35, "num_attention_heads": 5, "num_hidden_layers": 1, "word_embed_proj_dim": 35},
     ),
-    "llama": ("llama", {"num_key_value_heads": 2, "attention_bias": True}),
+    "untied": (
+        "opt",
+        {"hidden_size": 60, "num_attention_heads": 3, "num_hidden_layers": 3, "tie_word_embeddings": False},
+    ),
+    "llama": ("llama", {"num_key_value_heads": 2, "num_hidden_layers": 3}),
+    "llama of one key head": (
+        "llama",
+        {
+            "head_dim": 20,
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
+        },
+    ),
     "t5": ("t5", {"num_layers": 3, "num_decoder_layers": 2}),
-    "tied t5": ("t5", {"tie_word_embeddings": True, "feed_forward_proj": "relu", "bos_token_id": 40}),
+    "tied t5": (
+        "t5",
+        {
+            "tie_word_embeddings": True,
+            "feed_forward_proj": "relu",
+            "bos_token_id": 40,
+            "relative_attention_num_buckets": 6,
+            "relative_attention_max_distance": 9,
+        },
+    ),
 }
 
 SEEDS = {"projected": 7}
@@ -52,9 +75,9 @@ SEEDS = {"projected": 7}
 class Served:
     """A checkpoint in transformers, and its bundle's decoder behind a loop."""
 
-    def __init__(self, folder: Path, language: str, text: dict[str, Any], seed: int) -> None:
-        checkpoint = save_blip2(folder / "checkpoint", language, text=text, seed=seed)
-        bundle = build(str(checkpoint), folder / "bundle", BuildOptions(max_sequences=3, max_tokens=64)).bundle
+    def __init__(self, language: str, text: dict[str, Any], seed: int) -> None:
+        checkpoint = checkpoint_of(save_blip2, language, text=text, seed=seed)
+        bundle = bundle_of(checkpoint, BuildOptions(max_sequences=3, max_tokens=64))
         self.model = transformers.Blip2ForConditionalGeneration.from_pretrained(checkpoint).eval()
         self.processor = transformers.Blip2Processor.from_pretrained(checkpoint)
         self.manifest = Manifest.load(bundle)
@@ -110,8 +133,8 @@ class Served:
 
 
 @pytest.fixture(scope="module", params=list(VARIANTS))
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return Served(tmp_path_factory.mktemp("served"), *VARIANTS[request.param], SEEDS.get(request.param, 3))
+def served(request: pytest.FixtureRequest) -> Served:
+    return Served(*VARIANTS[request.param], SEEDS.get(request.param, 3))
 
 
 @pytest.mark.parametrize(
