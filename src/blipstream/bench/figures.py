@@ -30,6 +30,7 @@ class Figures:
         duration: seconds from the first request to the last answer.
         completed: requests that were answered.
         failed: requests that were not.
+        shortened: answers with fewer tokens than were asked for.
         request_throughput: answered requests per second; each has one image.
         output_throughput: tokens per second of answered requests.
         request_goodput: answered requests per second that kept to all limits; NaN without limits.
@@ -40,6 +41,7 @@ class Figures:
     duration: float
     completed: int
     failed: int
+    shortened: int
     request_throughput: float
     output_throughput: float
     request_goodput: float
@@ -52,23 +54,29 @@ class Figures:
         return {name: round(value, 4) for name, value in {**plain, **self.latencies}.items()}
 
 
-def parse_limits(texts: Sequence[str]) -> dict[str, float]:
-    """Read limits of goodput, each ``NAME:MILLISECONDS``.
+def plain(value: float) -> str:
+    """A number to three significant digits, without an exponent."""
+    return np.format_float_positional(float(f"{value:.3g}"), trim="-")
+
+
+def parse_limits(texts: Sequence[str], names: Sequence[str] = LIMITED) -> dict[str, float]:
+    """Read limits, each ``NAME:MILLISECONDS``.
 
     Raises:
-        InvalidRequestError: one is something else.
+        InvalidRequestError: one is something else, or one name has two.
     """
-    limits = {}
+    limits: dict[str, float] = {}
     for text in texts:
         name, _, value = text.partition(":")
+        if name in limits:
+            raise InvalidRequestError(f"there may be one limit of {name}, but a second one is {text!r}")
         try:
             limits[name] = float(value)
         except ValueError:
             limits[name] = -1.0
-        if name not in LIMITED or not limits[name] > 0:
+        if name not in names or not 0 < limits[name] < float("inf"):
             raise InvalidRequestError(
-                f"a limit of goodput must be NAME:MILLISECONDS of {', '.join(LIMITED)}, as in ttft:500, but it "
-                f"is {text!r}"
+                f"a limit must be NAME:MILLISECONDS of {', '.join(names)}, as in ttft:500, but it is {text!r}"
             )
     return limits
 
@@ -85,11 +93,14 @@ def figures_of(records: Sequence[Record], limits: Mapping[str, float] | None = N
         duration=duration,
         completed=len(answered),
         failed=len(records) - len(answered),
+        shortened=sum(record.tokens < record.asked for record in answered),
         request_throughput=len(answered) / duration,
         output_throughput=sum(record.tokens for record in answered) / duration,
         request_goodput=good / duration if limits else float("nan"),
         latencies={key: value for name in LATENCIES for key, value in _summary(name, values[name]).items()},
-        errors=Counter(record.error or "the answer had no tokens" for record in records if record not in answered),
+        errors=Counter(
+            record.error or "the answer had no tokens" for record in records if record.error or not record.responses
+        ),
     )
 
 

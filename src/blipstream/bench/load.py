@@ -56,6 +56,8 @@ class Record:
     responses: list[tuple[float, int]] = field(default_factory=list)
     """When each response came, and how many tokens were in it."""
     error: str = ""
+    asked: int = 0
+    """Tokens that the answer was to have."""
 
     @property
     def tokens(self) -> int:
@@ -70,12 +72,23 @@ class Run:
         target: the server.
         requests: what is sent, in this order.
         on_done: called with each record as it ends, from several threads.
+        patience: seconds for which every request may fail before the rest is not sent.
     """
 
-    def __init__(self, target: Target, requests: Sequence[Request], on_done: Callable[[Record], None]) -> None:
+    def __init__(
+        self,
+        target: Target,
+        requests: Sequence[Request],
+        on_done: Callable[[Record], None],
+        patience: float = float("inf"),
+    ) -> None:
         self._target = target
         self._requests = requests
         self._on_done = on_done
+        self._patience = patience
+        self._failing_since: float | None = None
+        self.given_up = False
+        """Whether the patience came to its end."""
         self._lock = threading.Lock()
         self.records: list[Record] = []
         """Of the requests that have ended."""
@@ -92,12 +105,16 @@ class Run:
         start = time.perf_counter()
         with _Clients(min(MOST_OPEN, len(self._requests))) as clients:
             for request, offset in zip(self._requests, np.cumsum(gaps) - gaps[0], strict=True):
+                if self.given_up:
+                    break
                 arrival = start + float(offset)
                 time.sleep(max(0.0, arrival - time.perf_counter()))
                 clients.submit(partial(self._send, request, arrival))
 
     def _send(self, request: Request, arrival: float | None = None) -> None:
-        record = Record(time.perf_counter() if arrival is None else arrival)
+        if self.given_up:
+            return
+        record = Record(time.perf_counter() if arrival is None else arrival, asked=request.output_tokens)
         try:
             self._target.send(request, lambda count: record.responses.append((time.perf_counter(), count)))
         except BlipstreamError as error:
@@ -105,6 +122,12 @@ class Run:
         record.done_at = time.perf_counter()
         with self._lock:
             self.records.append(record)
+            if not record.error:
+                self._failing_since = None
+            elif self._failing_since is None:
+                self._failing_since = record.done_at
+            elif record.done_at - self._failing_since > self._patience:
+                self.given_up = True
         self._on_done(record)
 
 

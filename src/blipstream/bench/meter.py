@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import urllib.error
+import http.client
+import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from blipstream.errors import InvalidRequestError
+from blipstream.errors import ServerUnavailableError
 
 _PREFIX = "blipstream_"
 _TIMEOUT_S = 10.0
+_PUBLISHED_S = 0.5
+"""Within which a server has published what it counted."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,20 @@ class Reading:
     counters: Mapping[str, float]
 
     def since(self, before: Reading) -> dict[str, Any]:
-        """Figures of each model that has run meanwhile, and by how much each counter has grown."""
+        """Figures of each model that has run meanwhile, and by how much each counter has grown.
+
+        ``{"restarted": True}`` if the server has counted less than before.
+        """
+        if self._total() < before._total():
+            return {"restarted": True}
         grown = {name: own.since(before.models[name]) for name, own in self.models.items() if name in before.models}
         return {
             "models": {name: own.figures() for name, own in grown.items() if own.inferences and own.executions},
             "counters": {name: round(value - before.counters.get(name, 0), 4) for name, value in self.counters.items()},
         }
+
+    def _total(self) -> float:
+        return sum(own.executions for own in self.models.values()) + sum(self.counters.values())
 
 
 class Meter:
@@ -70,21 +82,29 @@ class Meter:
         """The totals now.
 
         Raises:
-            InvalidRequestError: there is no such server, or the parser of metrics is not installed.
+            ClientError: there is no such server.
+            ModuleNotFoundError: the parser of metrics is not installed.
         """
         models = _models(self._triton_url) if self._triton_url else {}
         return Reading(models, _counters(self._metrics_url) if self._metrics_url else {})
 
 
 def _models(url: str) -> dict[str, ModelTotals]:
-    import tritonclient.grpc as triton
-    from tritonclient.utils import InferenceServerException
+    import grpc
+    from blipstream_client.core import client_error
+    from blipstream_client.transport import CHANNEL_OPTIONS
+    from tritonclient.grpc import service_pb2
 
     try:
-        with triton.InferenceServerClient(url) as client:
-            statistics: Any = client.get_inference_statistics()
-    except InferenceServerException as error:
-        raise InvalidRequestError(f"{url} gives no statistics of a Triton server: {error}") from error
+        with grpc.insecure_channel(url, options=CHANNEL_OPTIONS) as channel:
+            ask = channel.unary_unary(
+                "/inference.GRPCInferenceService/ModelStatistics",
+                request_serializer=service_pb2.ModelStatisticsRequest.SerializeToString,
+                response_deserializer=service_pb2.ModelStatisticsResponse.FromString,
+            )
+            statistics: Any = ask(service_pb2.ModelStatisticsRequest(), timeout=_TIMEOUT_S)
+    except grpc.RpcError as error:
+        raise client_error(error, url, _TIMEOUT_S) from error
     return {
         model.name: ModelTotals(
             model.inference_count,
@@ -98,17 +118,23 @@ def _models(url: str) -> dict[str, ModelTotals]:
 
 def _counters(url: str) -> dict[str, float]:
     """Every counter of Blipstream, by its name without the prefix; the sum of all labels."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    time.sleep(_PUBLISHED_S)
     try:
-        from prometheus_client.parser import text_string_to_metric_families
-    except ModuleNotFoundError:
-        raise InvalidRequestError("metrics need prometheus-client: `pip install 'blipstream[bench]'`") from None
-    try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
+        with _DIRECT.open(url, timeout=_TIMEOUT_S) as response:
             families = list(text_string_to_metric_families(response.read().decode()))
+    except http.client.HTTPException:
+        raise ServerUnavailableError(
+            f"the metrics at {url} cannot be read: what answers there speaks no HTTP"
+        ) from None
     except (OSError, ValueError) as error:
-        raise InvalidRequestError(f"the metrics at {url} cannot be read: {error}") from error
-    return {
+        raise ServerUnavailableError(f"the metrics at {url} cannot be read: {error}") from error
+    counters = {
         family.name.removeprefix(_PREFIX): sum(sample.value for sample in family.samples)
         for family in families
         if family.type == "counter" and family.name.startswith(_PREFIX)
     }
+    if not counters:
+        raise ServerUnavailableError(f"there are no metrics of a Blipstream server at {url}: does it end in /metrics?")
+    return counters

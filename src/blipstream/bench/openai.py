@@ -34,14 +34,18 @@ class OpenAI:
     """
 
     def __init__(self, url: str, model: str | None, timeout: float) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            self._host, self._port = parts.hostname or "", parts.port
+        except ValueError:
+            self._host = ""
+        if not self._host or parts.scheme not in ("http", "https"):
             raise InvalidRequestError(f"an OpenAI endpoint must be http://HOST:PORT or https://HOST, but it is {url!r}")
         if not model:
             raise InvalidRequestError("an OpenAI endpoint serves models by name: give --model")
         self._connection = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port, self._path = parts.hostname, parts.port, parts.path.rstrip("/") + _PATH
-        self._model = model
+        self._path = parts.path.rstrip("/") + _PATH
+        self._url, self._model = url, model
         self._timeout = timeout
 
     def send(self, request: Request, on_tokens: Callable[[int], None]) -> None:
@@ -52,14 +56,16 @@ class OpenAI:
             response = connection.getresponse()
             if response.status != http.HTTPStatus.OK:
                 text = response.read(500).decode(errors="replace").strip()
-                raise ClientError(f"{self._host} answered {response.status}: {text}")
+                raise ClientError(f"{self._url} answered {response.status}: {text}")
             for event in _events(response):
                 if "error" in event:
-                    raise ClientError(f"{self._host} failed: {event['error']}")
+                    raise ClientError(f"{self._url} failed: {event['error']}")
                 if any(choice.get("delta", {}).get("content") for choice in event.get("choices", ())):
                     on_tokens(1)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ClientError(f"{self._host} cannot be asked: {error!r}") from error
+            raise ClientError(
+                f"{self._url} cannot be asked: {getattr(error, 'strerror', None) or repr(error)}"
+            ) from error
         finally:
             connection.close()
 

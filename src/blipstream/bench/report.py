@@ -1,19 +1,21 @@
-"""What is shown and written of the runs: a table, JSON, rows of CSV, a plot."""
+"""What is shown of the runs: tables that fit 80 columns, what failed, and what the server counted."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from blipstream.bench.figures import LATENCIES, Figures
-from blipstream.errors import InvalidRequestError
+
+_WIDTH = 80
+_MOST_ERRORS = 5
+"""Messages that are shown of a load."""
 
 
 @dataclass(frozen=True)
@@ -37,79 +39,67 @@ class Result:
         return {**self.setting, **self.figures.flat()}
 
 
-def make_table(results: Sequence[Result]) -> Table:
-    """The most important figures of each run."""
-    table = Table(title="medians and 99th percentiles in milliseconds")
-    for column in ("load", "answered", "failed", "requests/s", "tokens/s", "goodput/s", *LATENCIES):
-        table.add_column(column, justify="right")
+def show(console: Console, results: Sequence[Result]) -> None:
+    """Print the most important figures of all runs."""
+    console = Console(file=console.file, width=max(console.width, _WIDTH))  # a narrower table would split numbers
+    console.print(_table(None, ("answered", "failed", "requests/s", "tokens/s", "goodput/s"), map(_rates, results)))
+    console.print(_table("p50 / p99 in milliseconds", LATENCIES, map(_latencies, results)))
+    models = [row for result in results for row in _models(result)]
+    if models:
+        columns = ("model", "inferences", "mean batch", "queue ms", "compute ms")
+        console.print(_table("the server's own figures", columns, models))
     for result in results:
-        own = result.figures
-        pairs = [(own.latencies[f"p50_{name}_ms"], own.latencies[f"p99_{name}_ms"]) for name in LATENCIES]
-        cells = [str(own.completed), str(own.failed), f"{own.request_throughput:.2f}", f"{own.output_throughput:.1f}"]
-        table.add_row(
-            result.load, *cells, _shown(own.request_goodput), *(f"{_shown(a)} / {_shown(b)}" for a, b in pairs)
-        )
+        for note in _notes(result):
+            console.print(f"{result.load}: {note}", highlight=False, markup=False)
+        for fault in _faults(result.figures):
+            console.print(f"{result.load}: {fault}", style="red", highlight=False, markup=False)
+
+
+def _table(title: str | None, columns: Sequence[str], rows: Iterator[list[str]] | list[list[str]]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("load", *columns):
+        table.add_column(column, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def write_json(path: Path, results: Sequence[Result]) -> None:
-    """All figures, what failed and what the server counted; a figure that there is not is null."""
-    runs = [
-        {**_known(result.row()), "errors": dict(result.figures.errors), "server": result.server} for result in results
-    ]
-    path.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
+def _rates(result: Result) -> list[str]:
+    own = result.figures
+    rates = (own.request_throughput, own.output_throughput, own.request_goodput)
+    return [result.load, str(own.completed), str(own.failed), *map(_shown, rates)]
 
 
-def append_csv(path: Path, results: Sequence[Result]) -> None:
-    """Append a row for each run to a file, which is made if it is missing.
-
-    Raises:
-        InvalidRequestError: the file has other columns.
-    """
-    columns = list(results[0].row())
-    is_new = not path.exists()
-    if not is_new:
-        with path.open(newline="", encoding="utf-8") as file:
-            found = next(csv.reader(file), [])
-        if found != columns:
-            differing = ", ".join(sorted(set(found) ^ set(columns))) or "their order"
-            raise InvalidRequestError(f"{path} has other columns than the rows of this run, differing in {differing}")
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(result.row() for result in results)
+def _latencies(result: Result) -> list[str]:
+    found = result.figures.latencies
+    pairs = ((found[f"p50_{name}_ms"], found[f"p99_{name}_ms"]) for name in LATENCIES)
+    return [result.load, *(" / ".join(map(_shown, pair)) for pair in pairs)]
 
 
-def draw(path: Path, results: Sequence[Result]) -> None:
-    """Draw latency against throughput, one point for each run.
+def _models(result: Result) -> Iterator[list[str]]:
+    for name, figures in result.server.get("models", {}).items():
+        yield [result.load, name, str(figures["inferences"]), *(_shown(value) for value in list(figures.values())[1:])]
 
-    Raises:
-        InvalidRequestError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise InvalidRequestError("a plot needs matplotlib: `pip install 'blipstream[bench]'`") from None
-    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
-    for axes, name, title in zip(
-        figure.subplots(1, 2), ("ttft", "e2el"), ("time to first token", "request latency"), strict=True
-    ):
-        x = [result.figures.request_throughput for result in results]
-        for rank, style in (("p50", "o-"), ("p99", "o:")):
-            y = [result.figures.latencies[f"{rank}_{name}_ms"] for result in results]
-            axes.plot(x, y, style, label=rank, markersize=4)
-        for result, at in zip(results, x, strict=True):
-            axes.annotate(result.load, (at, result.figures.latencies[f"p50_{name}_ms"]), fontsize=7)
-        axes.set(title=f"{title}, ms", xlabel="requests per second", yscale="log")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path)
+
+def _notes(result: Result) -> Iterator[str]:
+    figures, counters = result.figures, result.server.get("counters", {})
+    if figures.shortened:
+        yield f"{figures.shortened} of {figures.completed} answers have fewer tokens than were asked for"
+    if result.server.get("restarted"):
+        yield "the server was restarted meanwhile, and its own figures are lost"
+    if counters:
+        yield "the server counted " + ", ".join(f"{name} {_shown(value)}" for name, value in counters.items())
+
+
+def _faults(figures: Figures) -> Iterator[str]:
+    errors = sorted(figures.errors.items(), key=lambda error: -error[1])
+    for message, times in errors[:_MOST_ERRORS]:
+        yield f"{times} failed: {message}"
+    if len(errors) > _MOST_ERRORS:
+        yield f"{sum(times for _, times in errors[_MOST_ERRORS:])} failed in other ways, all of which --json writes"
 
 
 def _shown(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1f}"
-
-
-def _known(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
+    if math.isnan(value):
+        return "-"
+    return f"{value:.0f}" if value >= 1000 or value == int(value) else f"{value:.{1 if value >= 10 else 2}f}"

@@ -18,6 +18,7 @@ _QUALITY = 85
 _COARSE = (4, 12, 40)
 """Patches along the longer side of each layer of a picture, from its light to its texture."""
 MOST_PIXELS = 100_000_000
+MOST_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Lengths:
             lengths = cls(float(mean), float(spread or 0))
         except ValueError:
             lengths = cls(0)
-        if not (lengths.mean >= 1 and 0 <= lengths.spread < float("inf")):
+        if not (1 <= lengths.mean <= MOST_TOKENS and 0 <= lengths.spread <= MOST_TOKENS):
             raise InvalidRequestError(
-                f"{what} must be MEAN or MEAN:STD, a mean of 1 at least, as in 10 or 10:3, but it is {text!r}"
+                f"{what} must be MEAN or MEAN:STD, a mean of 1 to {MOST_TOKENS}, as in 10 or 10:3, but it is {text!r}"
             )
         return lengths
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -19,12 +19,12 @@ from blipstream.errors import BlipstreamError, InvalidRequestError
 
 if TYPE_CHECKING:
     from blipstream.bench.load import Target
-    from blipstream.bench.report import Result
     from blipstream.bench.runner import Plan, Runner
 
 _DEFAULT_URL = "localhost:8001"
-_EXTRA = ("PIL", "grpc", "tritonclient", "google")
-_TABLE_WIDTH = 130
+_EXTRA = ("PIL", "grpc", "tritonclient", "google", "matplotlib", "prometheus_client")
+_MOST_CLIENTS = 1024
+_MOST_SECONDS = 86400
 _INTERRUPTED = 130
 """Exit status of what Ctrl-C has ended, as shells have it."""
 
@@ -39,7 +39,8 @@ class BenchOptions:
     protocol: Annotated[str, typer.Option(help="kserve (gRPC) or openai (chat completions over HTTP).")] = "kserve"
     model: Annotated[str | None, typer.Option(help="The model's name.", show_default="blip2 (kserve)")] = None
     concurrency: Annotated[
-        list[int] | None, typer.Option(min=1, help="Clients that always have a request under way; may be repeated.")
+        list[int] | None,
+        typer.Option(min=1, max=_MOST_CLIENTS, help="Clients that always have a request under way; may be repeated."),
     ] = None
     request_rate: Annotated[
         list[float] | None,
@@ -68,9 +69,15 @@ class BenchOptions:
     metrics_url: Annotated[
         str | None, typer.Option(help="Metrics of a Blipstream server: http://HOST:8002/metrics.")
     ] = None
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Append a row for each load to this file.")] = None
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw latency against throughput: a PNG.")] = None
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures to this file; - is standard output.")
+    ] = None
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Append a row for each load to this file; - is standard output.")
+    ] = None
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw latency against throughput: a .png, .svg or .pdf.")
+    ] = None
 
     @property
     def different_images(self) -> int:
@@ -96,38 +103,54 @@ class BenchOptions:
 @with_options(BenchOptions)
 def bench(*, options: BenchOptions) -> None:
     """Put a server under load and measure what its clients see."""
-    console = Console()
     try:
         with _needing_extra():
-            runner, interrupted = _run(options, console)
-            if runner.results:
-                _report(console, runner.results, options)
-    except (BlipstreamError, OSError) as error:
+            status = _run(options)
+    except BlipstreamError as error:
         complain("bench", str(error))
-        raise typer.Exit(1) from None
-    if interrupted:
-        raise typer.Exit(_INTERRUPTED)
-    if not any(result.figures.completed for result in runner.results):
-        raise typer.Exit(1)
+        status = 1
+    except OSError as error:
+        complain("bench", f"the results cannot be shown: {error.strerror or error}")
+        status = 1
+    if status:
+        raise typer.Exit(status)
 
 
-def _run(options: BenchOptions, console: Console) -> tuple[Runner, bool]:
-    """Run all loads; also whether Ctrl-C ended them."""
+def _run(options: BenchOptions) -> int:
+    """Run all loads and report what was measured, however they ended; the exit status."""
     from blipstream.bench.meter import Meter
+    from blipstream.bench.outputs import Outputs
+    from blipstream.bench.report import show
     from blipstream.bench.runner import Runner
 
     # without a seed another one each time: the same images again would come from the server's caches
     seed = time.time_ns() % 2**32 if options.seed is None else options.seed
-    plan = _plan(options, seed)
+    plan, setting = _plan(options, seed), options.setting(seed)
+    outputs = Outputs(options.json_file, options.csv_file, options.plot_file)
+    outputs.check(Runner.columns(setting))
     meter = Meter(options.url if options.protocol == "kserve" else None, options.metrics_url)
+    console = Console(stderr=outputs.to_stdout)
     with closing(_target(options)) as target:
-        runner = Runner(plan, target, meter, options.setting(seed), console)
-        try:
-            runner.run()
-        except KeyboardInterrupt:
-            console.print("interrupted: what follows is what was measured until then")
-            return runner, True
-    return runner, False
+        meter.read()  # a server that is not there is said before anything is drawn
+        runner = Runner(plan, target, meter, setting, console)
+        status = _ended(runner)
+    if runner.results:
+        show(console, runner.results)
+        outputs.write(runner.results)
+    return status or int(any(result.figures.failed for result in runner.results))
+
+
+def _ended(runner: Runner) -> int:
+    """Run the loads; the exit status."""
+    try:
+        runner.run()
+    except KeyboardInterrupt:
+        complain("bench", "interrupted: what follows is what was measured until then")
+        return _INTERRUPTED
+    except BlipstreamError as error:
+        complain("bench", f"ended early, and what follows is what was measured until then: {error}")
+        return 1
+    return 0
 
 
 def _plan(options: BenchOptions, seed: int) -> Plan:
@@ -139,7 +162,12 @@ def _plan(options: BenchOptions, seed: int) -> Plan:
     answers = Lengths.parse(options.output_tokens, "output tokens")
     workload = Workload(options.different_images, Sizes.parse(options.image_size), words, answers, seed)
     loads = make_loads(options.concurrency or (), options.request_rate or ())
-    return Plan(workload, loads, options.requests, options.warmup, parse_limits(options.goodput or ()))
+    limits, patience = parse_limits(options.goodput or ()), options.timeout
+    if not 0 < patience <= _MOST_SECONDS:
+        raise InvalidRequestError(
+            f"a timeout must be above 0 and at most {_MOST_SECONDS} seconds, but it is {patience}"
+        )
+    return Plan(workload, loads, options.requests, options.warmup, limits, patience)
 
 
 def _target(options: BenchOptions) -> Target:
@@ -152,21 +180,6 @@ def _target(options: BenchOptions) -> Target:
     from blipstream.bench.kserve import KServe
 
     return KServe(options.url, options.model, options.timeout)
-
-
-def _report(console: Console, results: Sequence[Result], options: BenchOptions) -> None:
-    from blipstream.bench.report import append_csv, draw, make_table, write_json
-
-    Console(width=max(console.width, _TABLE_WIDTH)).print(make_table(results))
-    for result in results:
-        for message, times in result.figures.errors.items():
-            console.print(f"{result.load}: {times} failed: {message}", style="red", highlight=False, markup=False)
-    if options.json_file:
-        write_json(options.json_file, results)
-    if options.csv_file:
-        append_csv(options.csv_file, results)
-    if options.plot_file:
-        draw(options.plot_file, results)
 
 
 @contextmanager

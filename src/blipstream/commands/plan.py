@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from blipstream.planning.capacity import Answer
     from blipstream.planning.stages import StageTimes
 
+_BUSY_CORES = 0.25
 _EXTRA = ("PIL", "numpy", "onnxruntime", "tokenizers")
 
 
@@ -35,44 +36,44 @@ def plan(
     stages_file: Annotated[
         Path | None, typer.Option("--stages", help="Keep the measured times in this file; without BUNDLE, read them.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each engine; 0 means all cores.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="CPU threads of each engine; 0 means all cores.")] = 0,
 ) -> None:
     """Say how many machines like this one a load needs, by measured stages and a simulated server."""
     console = Console()
     try:
+        from blipstream.bench.figures import parse_limits
+        from blipstream.bench.runner import check_rate
         from blipstream.bench.workload import Lengths
-        from blipstream.planning.capacity import draw_questions
+        from blipstream.planning.capacity import LIMITED, draw_questions
         from blipstream.planning.capacity import plan as simulate
 
-        limits = _parse_limits(limit or ["e2el:10000"])
-        if not 0 < request_rate < float("inf"):
-            raise InvalidRequestError(f"a request rate must be above 0 a second, but it is {request_rate}")
+        limits = parse_limits(limit or ["e2el:10000"], LIMITED)
+        check_rate(request_rate)
         text, output = Lengths.parse(text_tokens, "text tokens"), Lengths.parse(output_tokens, "output tokens")
         stages = _stages(console, bundle, stages_file, threads)
+        questions, cut = draw_questions(text, output, requests, stages)
         with console.status("simulating"):
-            answer = simulate(stages, draw_questions(text, output, requests), request_rate, limits, percentile)
+            answer, slowest, fastest = (
+                simulate(stages.scaled(factor), questions, request_rate, limits, percentile)
+                for factor in (1.0, stages.slowest, stages.fastest)
+            )
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         complain("plan", f"{error.name} is not installed: `pip install 'blipstream[server,bench]'` brings it")
         raise typer.Exit(1) from None
-    except (BlipstreamError, OSError) as error:
+    except BlipstreamError as error:
         complain("plan", str(error))
         raise typer.Exit(1) from None
-    _show(console, stages, answer, request_rate, percentile, limits)
+    except OSError as error:
+        complain("plan", f"{error.filename or 'the plan'}: {error.strerror or error}")
+        raise typer.Exit(1) from None
+    _show_stages(console, stages)
+    if cut:
+        console.print(f"{cut} of {requests} requests were cut to what the bundle has room for", style="yellow")
+    _show(console, (answer, slowest, fastest), request_rate, percentile, limits)
     if answer.machines is None:
         raise typer.Exit(1)
-
-
-def _parse_limits(texts: list[str]) -> dict[str, float]:
-    from blipstream.bench.figures import parse_limits
-    from blipstream.planning.capacity import LIMITED
-
-    limits = parse_limits(texts)
-    for name in limits:
-        if name not in LIMITED:
-            raise InvalidRequestError(f"a plan has limits of {' and '.join(LIMITED)}, but one is of {name}")
-    return limits
 
 
 def _stages(console: Console, bundle: Path | None, file: Path | None, threads: int) -> StageTimes:
@@ -82,8 +83,11 @@ def _stages(console: Console, bundle: Path | None, file: Path | None, threads: i
         if file is None:
             raise InvalidRequestError("give a bundle, whose stages are measured, or --stages with a file of such times")
         return StageTimes.load(file)
+    from blipstream.bench.outputs import check_file
     from blipstream.planning.measure import measure_stages
 
+    if file is not None:
+        check_file(file)
     with console.status("loading") as status:
         stages = measure_stages(
             bundle, threads=threads or None, on_stage=lambda stage: status.update(f"measuring {stage}")
@@ -93,21 +97,39 @@ def _stages(console: Console, bundle: Path | None, file: Path | None, threads: i
     return stages
 
 
-def _show(
-    console: Console, stages: StageTimes, answer: Answer, rate: float, percentile: float, limits: dict[str, float]
-) -> None:
+def _show_stages(console: Console, stages: StageTimes) -> None:
     table = Table(title="stages of this machine, in milliseconds")
     for column in ("stage", *("at once", "time") * 2):
         table.add_column(column, justify="right")
     rows = (("images", stages.images), ("prefill, tokens", stages.prefill), ("step, sequences", stages.step))
     for name, curve in rows:
         ends = (curve[0], curve[-1])
-        table.add_row(name, *(text for amount, seconds in ends for text in (f"{amount:g}", f"{1000 * seconds:.1f}")))
+        table.add_row(name, *(text for amount, seconds in ends for text in (f"{amount:.0f}", f"{1000 * seconds:.1f}")))
     console.print(table)
-    wanted = " and ".join(f"{name} of at most {limit:g} ms" for name, limit in limits.items())
-    console.print(f"alone, a request takes {answer.alone:.2f} s; at most {answer.saturated:.3g} a second are answered")
+    spread = f"{1 - stages.fastest:.0%} shorter to {stages.slowest - 1:.0%} longer"
+    console.print(f"repeated measurements were {spread} than these medians")
+    if stages.others > _BUSY_CORES:
+        busy = f"other programs kept {stages.others:.1f} cores busy meanwhile"
+        console.print(f"{busy}: measure again on an idle machine", style="yellow")
+
+
+def _show(
+    console: Console, answers: tuple[Answer, Answer, Answer], rate: float, percentile: float, limits: dict[str, float]
+) -> None:
+    """Show what the medians say, and in brackets what the slowest and the fastest measurements do."""
+    from blipstream.bench.figures import plain
+
+    answer, slowest, fastest = answers
+    wanted = " and ".join(f"{name} of at most {plain(limit)} ms" for name, limit in limits.items())
+    console.print(
+        f"alone, a request takes {answer.alone:.2f} s; at most {plain(answer.saturated)} a second are answered"
+    )
     if answer.machines is None:
         console.print(f"no number of such machines gives {percentile:g} % of requests {wanted}", style="red")
         return
-    console.print(f"with {wanted} for {percentile:g} % of requests, a machine takes {answer.capacity:.3g} a second")
-    console.print(f"{rate:g} requests a second need {answer.machines} such machines", style="bold")
+    takes = (
+        f"a machine takes {plain(answer.capacity)} ({plain(slowest.capacity)} to {plain(fastest.capacity)}) a second"
+    )
+    console.print(f"with {wanted} for {percentile:g} % of requests, {takes}")
+    spread = f"{fastest.machines} to {slowest.machines or 'any number, which is not enough'}"
+    console.print(f"{plain(rate)} requests a second need {answer.machines} such machines ({spread})", style="bold")

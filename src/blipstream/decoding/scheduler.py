@@ -100,9 +100,10 @@ class Scheduler(Generic[W]):
         gone = {id(request) for request in (*cancelled, *(request for request, _ in expired))}
         if gone:
             self._queue = deque(request for request in self._queue if id(request) not in gone)
-        return Decision(self._admit(free_slots), cancelled, expired)
+        return Decision(self.admit(free_slots), cancelled, expired)
 
-    def _admit(self, free_slots: int) -> list[W]:
+    def admit(self, free_slots: int) -> list[W]:
+        """Take those off the queue that are to be prefilled together now."""
         admitted: list[W] = []
         longest = 0
         while self._queue and len(admitted) < free_slots:

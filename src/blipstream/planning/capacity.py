@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from blipstream.bench.figures import plain
 from blipstream.bench.workload import Lengths
+from blipstream.errors import InvalidRequestError
 from blipstream.planning.simulator import Outcome, Question, simulate_closed, simulate_open
 from blipstream.planning.stages import StageTimes
 
@@ -37,11 +39,32 @@ class Answer:
     machines: int | None
 
 
-def draw_questions(text_tokens: Lengths, output_tokens: Lengths, count: int) -> list[Question]:
-    """Questions whose lengths have these distributions."""
+def draw_questions(
+    text_tokens: Lengths, output_tokens: Lengths, count: int, stages: StageTimes
+) -> tuple[list[Question], int]:
+    """Questions whose lengths have these distributions, and how many had to be cut to what the bundle has room for.
+
+    Raises:
+        InvalidRequestError: there is no room for the mean lengths.
+    """
+    prompt = stages.image_tokens + math.ceil(text_tokens.mean)
+    if output_tokens.mean > stages.room_after(prompt):
+        raise InvalidRequestError(
+            f"the bundle has room for {stages.room_after(prompt)} tokens after an image and {plain(text_tokens.mean)} "
+            f"of text, but answers are to have {plain(output_tokens.mean)}"
+        )
     rng = np.random.default_rng(_SEED)
-    lengths = zip(text_tokens.draw(rng, count), output_tokens.draw(rng, count), strict=True)
-    return [Question(text, output) for text, output in lengths]
+    asked = [
+        Question(*lengths) for lengths in zip(text_tokens.draw(rng, count), output_tokens.draw(rng, count), strict=True)
+    ]
+    cut = [_cut(question, stages) for question in asked]
+    return cut, sum(one != other for one, other in zip(asked, cut, strict=True))
+
+
+def _cut(question: Question, stages: StageTimes) -> Question:
+    """To a prompt that leaves room for a token, and to as many tokens as there is room for."""
+    text = min(question.text_tokens, stages.max_prompt_tokens - stages.image_tokens)
+    return Question(text, min(question.output_tokens, stages.room_after(stages.image_tokens + text)))
 
 
 def plan(

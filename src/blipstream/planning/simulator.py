@@ -9,6 +9,7 @@ to each other. Not modelled: the network, preprocessing, caches, and requests th
 from __future__ import annotations
 
 import heapq
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from itertools import count
 
 import numpy as np
 
+from blipstream.decoding.scheduler import Scheduler
 from blipstream.planning.stages import StageTimes
 
 
@@ -73,12 +75,18 @@ class _Job:
 
 @dataclass
 class _Sequence:
-    """A request on its way through the server."""
+    """A request on its way through the server, as its scheduler sees it."""
 
-    question: Question
     outcome: Outcome
+    num_prompt_tokens: int
     left: int
     """Tokens that it is still to generate."""
+    start_by: float | None = None
+    cancelled: bool = False
+
+    @property
+    def arrived_at(self) -> float:
+        return self.outcome.sent_at
 
 
 class _Server:
@@ -92,7 +100,7 @@ class _Server:
         self._arrivals: list[tuple[float, int, Question]] = []
         self._images: deque[_Sequence] = deque()
         self._batch: list[_Sequence] = []
-        self._waiting: deque[_Sequence] = deque()
+        self._waiting: Scheduler[_Sequence] = Scheduler(sys.maxsize, stages.prefill_budget)
         self._admitted: list[_Sequence] = []
         self._running: list[_Sequence] = []
         self._jobs: dict[str, _Job] = {}
@@ -110,7 +118,8 @@ class _Server:
                 at, _, question = heapq.heappop(self._arrivals)
                 outcome = Outcome(at)
                 self._outcomes.append(outcome)
-                self._images.append(_Sequence(question, outcome, question.output_tokens))
+                prompt = self._stages.image_tokens + question.text_tokens
+                self._images.append(_Sequence(outcome, prompt, question.output_tokens))
             self._start_images()
             self._start_iteration()
         return self._outcomes
@@ -130,7 +139,8 @@ class _Server:
     def _end(self, name: str) -> None:
         del self._jobs[name]
         if name == "images":
-            self._waiting.extend(self._batch)
+            for own in self._batch:
+                self._waiting.add(own)
         elif name == "prefill":
             self._generate(self._admitted)
             self._running += [own for own in self._admitted if own.left]
@@ -159,17 +169,9 @@ class _Server:
     def _start_iteration(self) -> None:
         if "prefill" in self._jobs or "step" in self._jobs:
             return
-        self._admitted, longest = [], 0
-        while self._waiting and len(self._admitted) < self._stages.max_sequences - len(self._running):
-            longest = max(longest, self._prompt_tokens(self._waiting[0]))
-            if self._admitted and longest * (len(self._admitted) + 1) > self._stages.prefill_budget:
-                break
-            self._admitted.append(self._waiting.popleft())
+        self._admitted = self._waiting.admit(self._stages.max_sequences - len(self._running))
         if self._admitted:
-            padded = len(self._admitted) * max(map(self._prompt_tokens, self._admitted))
+            padded = len(self._admitted) * max(own.num_prompt_tokens for own in self._admitted)
             self._jobs["prefill"] = _Job(self._stages.prefill_s(padded))
         elif self._running:
             self._jobs["step"] = _Job(self._stages.step_s(len(self._running)))
-
-    def _prompt_tokens(self, sequence: _Sequence) -> int:
-        return self._stages.image_tokens + sequence.question.text_tokens

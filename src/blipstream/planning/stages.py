@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, PositiveInt, TypeAdapter, ValidationError
 
 from blipstream.errors import InvalidRequestError
 
-Curve = Sequence[tuple[float, float]]
+
+def _increasing(curve: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:
+    amounts = [amount for amount, _ in curve]
+    if not amounts or amounts != sorted(set(amounts)):
+        raise ValueError("amounts must increase")
+    return curve
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Curve = Annotated[Sequence[tuple[Positive, Positive]], AfterValidator(_increasing)]
 """(amount, seconds) at increasing amounts."""
 
 
@@ -28,16 +38,42 @@ class StageTimes:
         max_sequences: rows of the KV cache.
         prefill_budget: tokens that one iteration of the decode loop prefills at most, unless a prompt is longer.
         image_tokens: soft tokens of an image.
+        max_prompt_tokens: soft tokens and question.
+        max_tokens: soft tokens, question and answer; with ``answer_apart``, of the answer and the token before it.
+        answer_apart: whether an encoder keeps the prompt.
+        fastest: time of the fastest rounds, over all stages, as a part of the medians'.
+        slowest: the same of the slowest ones.
+        others: cores that other programs kept busy meanwhile.
     """
 
     images: Curve
     prefill: Curve
     step: Curve
-    overlap: float
-    max_images: int
-    max_sequences: int
-    prefill_budget: int
-    image_tokens: int
+    overlap: Positive
+    max_images: PositiveInt
+    max_sequences: PositiveInt
+    prefill_budget: PositiveInt
+    image_tokens: PositiveInt
+    max_prompt_tokens: PositiveInt
+    max_tokens: PositiveInt
+    answer_apart: bool
+    fastest: Positive
+    slowest: Positive
+    others: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+    def room_after(self, prompt_tokens: int) -> int:
+        """Tokens of an answer for which there is room; 0 when the prompt is too long."""
+        if prompt_tokens > self.max_prompt_tokens:
+            return 0
+        return self.max_tokens - (1 if self.answer_apart else prompt_tokens)
+
+    def scaled(self, factor: float) -> StageTimes:
+        """Of a machine on which everything takes ``factor`` times as long."""
+        images, prefill, step = (
+            [(amount, factor * seconds) for amount, seconds in curve]
+            for curve in (self.images, self.prefill, self.step)
+        )
+        return replace(self, images=images, prefill=prefill, step=step)
 
     def images_s(self, count: int) -> float:
         """Seconds of a batch of images."""
@@ -53,7 +89,7 @@ class StageTimes:
 
     def save(self, path: Path) -> None:
         """Write them as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        path.write_bytes(TypeAdapter(StageTimes).dump_json(self, indent=2) + b"\n")
 
     @classmethod
     def load(cls, path: Path) -> StageTimes:
@@ -63,11 +99,15 @@ class StageTimes:
             InvalidRequestError: it is something else.
         """
         try:
-            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            curves = {name: [(float(x), float(y)) for x, y in data[name]] for name in ("images", "prefill", "step")}
-            return cls(**{**data, **curves})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InvalidRequestError(f"{path} does not hold the times of a bundle's stages: {error!r}") from error
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except OSError as error:
+            raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise InvalidRequestError(
+                f"{path} does not hold the times of a bundle's stages: {where}: {first['msg']}"
+            ) from error
 
 
 def interpolate(curve: Curve, amount: float) -> float:
