@@ -83,6 +83,8 @@ def _models(result: Result) -> Iterator[list[str]]:
 
 def _notes(result: Result) -> Iterator[str]:
     figures, counters = result.figures, result.server.get("counters", {})
+    if (clients := result.setting["concurrency"]) > (requests := result.setting["requests"]):
+        yield f"{requests} requests cannot keep {clients} clients busy"
     if figures.shortened:
         yield f"{figures.shortened} of {figures.completed} answers have fewer tokens than were asked for"
     if result.server.get("restarted"):
@@ -102,4 +104,5 @@ def _faults(figures: Figures) -> Iterator[str]:
 def _shown(value: float) -> str:
     if math.isnan(value):
         return "-"
+    value = round(value, 6)
     return f"{value:.0f}" if value >= 1000 or value == int(value) else f"{value:.{1 if value >= 10 else 2}f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -11,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
-from blipstream.bench.figures import Figures, figures_of, parse_limits
+from blipstream.bench.figures import Figures, figures_of, parse_limits, plain
 from blipstream.bench.load import Record
 from blipstream.bench.meter import ModelTotals, Reading
-from blipstream.bench.report import Result, append_csv, draw, make_table, write_json
+from blipstream.bench.outputs import append_csv, draw, write_json
+from blipstream.bench.report import Result, show
 from blipstream.bench.runner import Load, make_loads
 from blipstream.bench.workload import Lengths, Sizes, Workload
 from blipstream.errors import InvalidRequestError
 
 RECORDS = [
-    Record(10.0, 11.0, [(10.2, 1), (10.4, 1), (11.0, 2)]),
+    Record(10.0, 11.0, [(10.2, 1), (10.4, 1), (11.0, 2)], asked=5),
     Record(10.5, 12.0, [(12.0, 5)]),
     Record(10.5, 10.6, [], "refused"),
     Record(10.5, 10.6, [], "refused"),
@@ -31,7 +34,7 @@ RECORDS = [
 
 def test_figures() -> None:
     found = figures_of(RECORDS, {"ttft": 300.0})
-    assert (found.duration, found.completed, found.failed) == (2.0, 2, 3)
+    assert (found.duration, found.completed, found.failed, found.shortened) == (2.0, 2, 3, 1)
     assert (found.request_throughput, found.output_throughput, found.request_goodput) == (1.0, 4.5, 0.5)
     assert found.errors == {"refused": 2, "the answer had no tokens": 1}
     latencies = found.latencies
@@ -53,7 +56,7 @@ def test_a_run_in_which_all_fail_has_no_latencies() -> None:
     assert all(math.isnan(value) for value in found.latencies.values())
 
 
-@pytest.mark.parametrize("text", ["", "ttft", "ttft:", "ttft:x", "ttft:0", "ttft:-3", "ttft:nan", "itl:3"])
+@pytest.mark.parametrize("text", ["", "ttft", "ttft:", "ttft:x", "ttft:0", "ttft:-3", "ttft:nan", "ttft:inf", "itl:3"])
 def test_limits_that_are_none(text: str) -> None:
     with pytest.raises(InvalidRequestError, match="NAME:MILLISECONDS"):
         parse_limits([text])
@@ -67,15 +70,17 @@ def test_loads() -> None:
     assert [str(load) for load in make_loads([], [0.5])] == ["0.5 a second"]
     with pytest.raises(InvalidRequestError, match="not both"):
         make_loads([1], [1.0])
-    for rate in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(InvalidRequestError, match="above 0"):
+    for rate in (0.0, -1.0, 1e-300, 1e9, math.nan, math.inf):
+        with pytest.raises(InvalidRequestError, match=r"0\.001 to 1000000"):
             make_loads([], [rate])
 
 
 def results() -> list[Result]:
-    setting = {"url": "here", "concurrency": 2, "request_rate": 0.0}
+    setting = {"url": "here", "requests": 5, "concurrency": 2, "request_rate": 0.0}
+    model = {"inferences": 123456, "mean_batch": 3.123, "mean_queue_ms": 12345.678, "mean_compute_ms": 0.031}
+    server = {"models": {"vision_encoder": model}, "counters": {"requests": 5, "prompt_tokens": 1234567.0}}
     return [
-        Result("2 clients", setting, figures_of(RECORDS), {"counters": {"requests": 5}}),
+        Result("2 clients", setting, figures_of(RECORDS), server),
         Result("4 clients", {**setting, "concurrency": 4}, figures_of(RECORDS[2:])),
     ]
 
@@ -83,7 +88,7 @@ def results() -> list[Result]:
 def test_reports(tmp_path: Path) -> None:
     write_json(tmp_path / "runs.json", results())
     first, second = json.loads((tmp_path / "runs.json").read_text())["runs"]
-    assert first["server"] == {"counters": {"requests": 5}}
+    assert first["server"] == results()[0].server
     assert first["errors"]["refused"] == 2
     assert (first["completed"], first["request_goodput"], second["p50_ttft_ms"]) == (2, None, None)
     for _ in range(2):
@@ -92,13 +97,41 @@ def test_reports(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [row["concurrency"] for row in rows] == ["2", "4", "2", "4"]
     assert float(rows[0]["output_throughput"]) == 4.5
-    (tmp_path / "runs.csv").write_text("url,other\n")
-    with pytest.raises(InvalidRequestError, match="other columns"):
-        append_csv(tmp_path / "runs.csv", results())
+    for text, fault in (("url,other\n", "other columns"), ((tmp_path / "runs.csv").read_text()[:-1], "whole line")):
+        (tmp_path / "runs.csv").write_text(text)
+        with pytest.raises(InvalidRequestError, match=fault):
+            append_csv(tmp_path / "runs.csv", results())
     draw(tmp_path / "runs.png", results())
     with Image.open(tmp_path / "runs.png") as plot:
         assert plot.size[0] > 500
-    assert make_table(results()).row_count == 2
+
+
+def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    many = {f"fault {number}": number for number in range(1, 9)}
+    lost = Result("the last", results()[0].setting, dataclasses.replace(figures_of(RECORDS), errors=many))
+    show(Console(width=20), [*results(), dataclasses.replace(lost, server={"restarted": True})])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    said = " ".join(shown.split())
+    for text in (
+        "2 clients 2 3 1 4.50 -",
+        "2 clients 850 / 1487 266.7 / 266.7",
+        "2 clients vision_encoder 123456 3.12 12346 0.03",
+        "2 clients: the server counted requests 5, prompt_tokens 1234567",
+        "2 clients: 2 failed: refused",
+        "the last: the server was restarted meanwhile",
+        "the last: 8 failed: fault 8",
+        "the last: 6 failed in other ways",
+    ):
+        assert text in said
+    assert "fault 3" not in said
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0, "0"), (1254.6, "1250"), (2e6, "2000000"), (0.4, "0.4"), (0.0012349, "0.00123")]
+)
+def test_numbers_have_no_exponent(value: float, expected: str) -> None:
+    assert plain(value) == expected
 
 
 def test_figures_have_columns_for_all_that_there_is() -> None:
@@ -116,6 +149,7 @@ def test_what_a_server_has_counted_meanwhile() -> None:
         "vit": {"inferences": 6, "mean_batch": 3.0, "mean_queue_ms": 1.0, "mean_compute_ms": 2.0}
     }
     assert found["counters"] == {"requests": 2}
+    assert before.since(after) == {"restarted": True}
 
 
 # --- the workload ----------------------------------------------------------------------------------------------------
@@ -154,7 +188,7 @@ def test_sizes_that_are_none(text: str) -> None:
         Sizes.parse(text)
 
 
-@pytest.mark.parametrize("text", ["", "x", "0", "-3", "3:-1", "3:x", "nan", "3:nan", "3:inf"])
+@pytest.mark.parametrize("text", ["", "x", "0", "-3", "3:-1", "3:x", "nan", "3:nan", "3:inf", "1e300", "3:1e9"])
 def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(InvalidRequestError, match="output tokens must be"):
         Lengths.parse(text, "output tokens")

@@ -89,3 +89,17 @@ def test_a_refusal_is_a_record_and_a_fault_of_the_target_is_not_swallowed() -> N
 
     with pytest.raises(RuntimeError, match="a fault"):
         Run(Broken(), requests(3), lambda _: None).closed(2)
+
+
+@pytest.mark.parametrize("drive", [lambda run: run.closed(1), lambda run: run.open(1e6, seed=1)])
+def test_a_server_that_answers_nothing_any_more_is_not_asked_for_ever(
+    drive: Callable[[Run], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blipstream.bench.load.MOST_OPEN", 1)
+    refused = Request(b"", "refuse", 1)
+    run = Run(Slow(), [*requests(3), *[refused] * 100], lambda _: None, patience=0)
+    drive(run)
+    assert (len(run.records), run.given_up) == (3 + 2, True)
+    run = Run(Slow(), [*requests(2), refused] * 3, lambda _: None, patience=0)
+    drive(run)
+    assert (len(run.records), run.given_up) == (9, False)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from blipstream.bench.workload import Lengths
+from blipstream.cli import app
 from blipstream.errors import InvalidRequestError
-from blipstream.planning.capacity import capacity, draw_questions, plan, throughput
+from blipstream.planning.capacity import capacity, plan, throughput
+from blipstream.planning.capacity import draw_questions as draw_with
 from blipstream.planning.simulator import Question, simulate_closed, simulate_open
 from blipstream.planning.stages import StageTimes, interpolate
 
@@ -22,8 +28,20 @@ STAGES = StageTimes(
     max_sequences=4,
     prefill_budget=512,
     image_tokens=32,
+    max_prompt_tokens=255,
+    max_tokens=256,
+    answer_apart=False,
+    fastest=0.9,
+    slowest=1.25,
+    others=0.5,
 )
 ASKED = [Question(text_tokens=8, output_tokens=3)] * 12
+
+
+def draw_questions(text_tokens: Lengths, output_tokens: Lengths, count: int) -> list[Question]:
+    questions, cut = draw_with(text_tokens, output_tokens, count, STAGES)
+    assert cut == 0
+    return questions
 
 
 def test_alone_a_request_takes_the_sum_of_its_stages() -> None:
@@ -96,11 +114,73 @@ def test_curves(amount: float, expected: float) -> None:
 
 
 def test_times_are_kept_in_a_file(tmp_path: Path) -> None:
-    STAGES.save(tmp_path / "stages.json")
-    assert StageTimes.load(tmp_path / "stages.json") == STAGES
-    for text in ("", "{}", "[]", '{"images": 3}'):
-        (tmp_path / "other.json").write_text(text)
+    file = tmp_path / "stages.json"
+    STAGES.save(file)
+    assert StageTimes.load(file) == STAGES
+    kept = json.loads(file.read_text())
+    faults = (
+        {"images": []},
+        {"step": [[1, 0.1], [1, 0.2]]},
+        {"overlap": 0},
+        {"others": "x"},
+        {"slowest": math.inf},
+    )
+    for text in ("", "{}", "[]", *(json.dumps({**kept, **fault}) for fault in faults)):
+        file.write_text(text)
         with pytest.raises(InvalidRequestError, match="does not hold the times"):
-            StageTimes.load(tmp_path / "other.json")
-    with pytest.raises(InvalidRequestError, match="does not hold the times"):
-        StageTimes.load(tmp_path / "missing.json")
+            StageTimes.load(file)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        ((), 0, "repeated measurements were 10% shorter to 25% longer than these medians"),
+        ((), 0, "other programs kept 0.5 cores busy meanwhile: measure again"),
+        (("--request-rate", "1e6"), 0, r"1000000 requests a second need \d+ such machines \(\d+ to \d+\)"),
+        (
+            ("--output-tokens", "200:50", "--requests", "40", "--limit", "e2el:1e5"),
+            0,
+            r"\d+ of 40 requests were cut to what the bundle has room for",
+        ),
+        (("--output-tokens", "1000"), 1, "room for 214 tokens after an image and 10 of text, but answers .* have 1000"),
+        (("--text-tokens", "300"), 1, "room for 0 tokens after an image and 300 of text"),
+        (("--limit", "e2el:1"), 1, "no number of such machines gives 90 % of requests e2el of at most 1 ms"),
+        (("--limit", "tpot:3"), 1, "a limit must be NAME:MILLISECONDS of ttft, e2el"),
+        (("--limit", "e2el:3", "--limit", "e2el:4"), 1, "there may be one limit of e2el"),
+        (("--request-rate", "0"), 1, r"must be 0\.001 to 1000000 a second"),
+        (("--output-tokens", "x"), 1, "output tokens must be"),
+        (("--stages", "/nowhere.json"), 1, "/nowhere.json cannot be read: No such file"),
+        (("/nowhere",), 1, "/nowhere"),
+        (("/nowhere", "--stages", "/nowhere/x.json"), 1, "/nowhere/x.json cannot be written"),
+    ],
+)
+def test_the_command(options: tuple[str, ...], status: int, said: str, tmp_path: Path) -> None:
+    STAGES.save(tmp_path / "stages.json")
+    arguments = ["plan", "--stages", str(tmp_path / "stages.json"), *options]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
+    assert done.exit_code == status, done.output
+    assert re.search(said, " ".join(done.output.split()))
+    assert "e+" not in done.output
+
+
+@pytest.mark.parametrize(("apart", "room"), [(False, 214), (True, 255)])
+def test_answers_are_cut_to_the_room_behind_their_prompts(apart: bool, room: int) -> None:
+    stages = dataclasses.replace(STAGES, answer_apart=apart)
+    questions, cut = draw_with(Lengths(10), Lengths(200, 50), 400, stages)
+    assert max(question.output_tokens for question in questions) == room
+    assert 0 < cut <= sum(question.output_tokens == room for question in questions)
+    questions, _ = draw_with(Lengths(200, 50), Lengths(5), 400, stages)
+    assert max(question.text_tokens for question in questions) == 255 - 32
+    assert min(question.output_tokens for question in questions) == (5 if apart else 1)
+    with pytest.raises(InvalidRequestError, match=f"room for {room} tokens"):
+        draw_with(Lengths(10), Lengths(room + 1), 20, stages)
+
+
+def test_a_capacity_scales_with_the_times() -> None:
+    asked = draw_questions(Lengths(10), Lengths(5), 200)
+    one, half = (plan(STAGES.scaled(factor), asked, 10.0, {"e2el": 1e6}, 90.0) for factor in (1.0, 2.0))
+    assert one.saturated == pytest.approx(2 * half.saturated)
+    assert half.alone == pytest.approx(2 * one.alone)
