@@ -128,6 +128,9 @@ def test_metrics_tell_what_happens(server: TritonServer, image: bytes) -> None:
     assert metric(server, "blipstream_tokens_per_second") > 0
     assert any(name.startswith("blipstream_time_to_first_token_seconds_bucket{") for name in samples)
     assert metric(server, "blipstream_time_to_first_token_seconds_sum") > 0
+    assert metric(server, "blipstream_request_seconds_sum") > metric(
+        server, "blipstream_time_to_first_token_seconds_sum"
+    )
     assert metric(server, "blipstream_running_sequences") == 0
     assert any(name.startswith("nv_inference_request_success") for name in samples)
 

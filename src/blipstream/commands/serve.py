@@ -50,6 +50,12 @@ class ModelOptions:
     ] = _DEFAULTS.prefix_bytes
     max_image_bytes: Annotated[int, typer.Option(help="Bytes of an image at most.")] = _DEFAULTS.max_image_bytes
     max_image_pixels: Annotated[int, typer.Option(help="Pixels of an image at most.")] = _DEFAULTS.max_image_pixels
+    max_text_bytes: Annotated[
+        int, typer.Option(help="Bytes of a prompt, and of all stop words or bad words together, at most.")
+    ] = _DEFAULTS.max_text_bytes
+    max_words: Annotated[int, typer.Option(help="Stop words of a request, and bad words, at most.")] = (
+        _DEFAULTS.max_words
+    )
     jpeg_oversampling: Annotated[
         int,
         typer.Option(

@@ -44,6 +44,7 @@ GAUGES = {
 }
 HISTOGRAMS = {
     "time_to_first_token_seconds": "Time from a request's arrival to its first token",
+    "request_seconds": "Time from a request's arrival to its last response",
     "queue_seconds": "Time from a request's arrival to its slot, image features included",
 }
 REQUESTS = ("requests_total", "Requests that have ended, by outcome")
@@ -75,10 +76,11 @@ class ServingMetrics(LoopObserver):
         """Note how long a request waited for its first token."""
         self._observe("time_to_first_token_seconds", seconds)
 
-    def on_outcome(self, outcome: str) -> None:
-        """Count a request that has ended, by one of :data:`OUTCOMES`."""
+    def on_outcome(self, outcome: str, seconds: float) -> None:
+        """Count a request that has ended, by one of :data:`OUTCOMES`, and note how long it took."""
         with self._lock:
             self._outcomes[outcome] += 1
+            self._observations["request_seconds"].append(seconds)
 
     def take(self) -> tuple[Mapping[str, float], Mapping[str, Sequence[float]], Mapping[str, int]]:
         """What was counted, observed and ended since the last call."""

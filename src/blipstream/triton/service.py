@@ -143,7 +143,7 @@ class GenerationService:
             self._watch.add(session)
         else:
             call.fail(refusal)
-            self.metrics.on_outcome(outcome_of(refusal))
+            self._count(call, outcome_of(refusal))
 
     def cancel(self, name: str) -> bool:
         """Cancel the call of that name; whether there is one at hand."""
@@ -291,12 +291,15 @@ class GenerationService:
     def _on_end(self, session: Session, last: Chunk) -> None:
         """A call's final response was sent. On the writer's thread."""
         reason = last.finish_reason.value if last.finish_reason is not None else outcome_of(last.error)
-        self.metrics.on_outcome(reason)
+        self._count(session.call, reason)
         self._watch.discard(session)
         with self._changed:
             self._live.discard(session)
             self._named.pop(session.call.name, None)
             self._changed.notify_all()
+
+    def _count(self, call: Call, outcome: str) -> None:
+        self.metrics.on_outcome(outcome, time.monotonic() - call.arrived_at)
 
     def _withdraw_all(self, *, waiting_only: bool = False) -> None:
         """Let the calls at hand end because the server stops; where they wait for features, now."""

@@ -124,9 +124,8 @@ def test_what_is_counted_is_published() -> None:
     metrics.on_step(StepReport(generated_tokens=2, decode_seconds=0.25))
     metrics.on_start(0.25)
     metrics.on_first_token(0.5)
-    metrics.on_outcome("eos")
-    metrics.on_outcome("eos")
-    metrics.on_outcome("cancelled")
+    for outcome, seconds in (("eos", 2.0), ("eos", 3.0), ("cancelled", 0.5)):
+        metrics.on_outcome(outcome, seconds)
     publisher.publish()
     gauges.update(feature_cache_hits_total=7, feature_cache_bytes=50)
     publisher.publish()
@@ -139,6 +138,7 @@ def test_what_is_counted_is_published() -> None:
     assert registry["running_sequences"].value == 2
     assert registry["queue_seconds"].observed == [0.25]
     assert registry["time_to_first_token_seconds"].observed == [0.5]
+    assert registry["request_seconds"].observed == [2.0, 3.0, 0.5]
     assert registry["tokens_per_second"].value > 0
     assert (registry.outcome("eos"), registry.outcome("cancelled"), registry.outcome("error")) == (2, 1, 0)
     assert registry.kinds["blipstream_queue_seconds"] == "HISTOGRAM"
@@ -151,7 +151,7 @@ def test_the_publisher_publishes_a_last_time_when_it_is_closed() -> None:
     registry, metrics = Registry(), ServingMetrics()
     publisher = MetricsPublisher(metrics, dict, registry.family, {"model": "blip2"}, interval=1000)
     publisher.start()
-    metrics.on_outcome("stop")
+    metrics.on_outcome("stop", 1.0)
     publisher.close()
     assert registry.outcome("stop") == 1
 
