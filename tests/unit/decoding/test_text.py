@@ -266,6 +266,14 @@ def test_a_special_token_among_the_pieces_of_a_unigram_model_is_refused(text):
         tokenizer.encode(text)
 
 
+@pytest.mark.parametrize("text", [*CORPUS, "a < b > c", "[a] sep mask", "  \r\n\t", "שלום \0 مرحبا"])
+@pytest.mark.parametrize("make_backend", [byte_level_backend, metaspace_backend, wordpiece_backend])
+def test_any_other_text_has_the_ids_of_the_file(make_backend, text):
+    backend = tokenizers.Tokenizer.from_str(make_backend().to_str())
+    expected = tuple(backend.encode(text).ids)
+    assert Tokenizer(backend).encode(text) == expected
+
+
 def test_an_unknown_character_is_no_fault():
     assert Tokenizer(wordpiece_backend()).encode("a é北") == (1, 8, 0, 0, 2)
 
