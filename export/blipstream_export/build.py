@@ -25,9 +25,10 @@ from blipstream.contract import (
 from blipstream.engines import check_onnxruntime_cuda, needing_tensorrt
 from blipstream.errors import BundleError
 from blipstream.manifest import DecoderSection, EngineName, Manifest, Precision
+from blipstream.repository import write_models
 from blipstream_export.accuracy import Question, measure_accuracy, read_images, read_test_set
 from blipstream_export.activations import Activations, observe
-from blipstream_export.bundle import PYTHON, check_output, copy_models, list_files, new_bundle
+from blipstream_export.bundle import check_output, list_files, new_bundle
 from blipstream_export.checkpoint import Checkpoint, Source, load_model, open_checkpoint
 from blipstream_export.generation import generation_notes, generation_section
 from blipstream_export.graphs import GraphInputs, qformer_inputs, vision_inputs
@@ -211,12 +212,7 @@ class _Build:
                 max_batch=options.max_batch,
                 precision=self._precisions.as_dict(),
             )
-            copy_models(
-                self._folder,
-                manifest.config_values,
-                instructed=manifest.qformer.instruction is not None,
-                backend="tensorrt" if options.engine == "tensorrt" else PYTHON,
-            )
+            write_models(self._folder, manifest)
             manifest = manifest.model_copy(update={"files": list_files(self._folder)})
             manifest.dump(self._folder)
         with self._stage("parity"):

@@ -237,15 +237,18 @@ class Manifest(_Section):
         """Read ``manifest.json`` of a bundle.
 
         Raises:
-            BundleError: no manifest, another revision, or fields missing or wrong (all of them are named).
+            BundleError: no manifest, one that cannot be read, another revision, or fields missing or wrong (all of them
+                are named).
         """
         path = bundle / MANIFEST_FILE
         try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise BundleError(
-                f"{bundle} is not a bundle: it holds no {MANIFEST_FILE}; `blipstream build` writes one"
-            ) from None
+            if not path.is_file():  # a pipe would be waited for
+                raise BundleError(
+                    f"{bundle} is not a bundle: it holds no {MANIFEST_FILE}; `blipstream build` writes one"
+                )
+            text = path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from None
         try:
             head = _Revision.model_validate_json(text)
             if head.revision != BUNDLE_REVISION:

@@ -6,12 +6,13 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from blipstream_export import bundle as bundle_module
-from blipstream_export.bundle import copy_models, list_files, model_repository, new_bundle
+from blipstream_export.bundle import list_files, new_bundle
 
+from blipstream import repository
 from blipstream.contract import MODEL_NAMES
 from blipstream.errors import BundleError
 from blipstream.manifest import MANIFEST_FILE
+from blipstream.repository import copy_models, model_repository
 
 VALUES = {
     "image_size": 28,
@@ -123,16 +124,16 @@ def test_a_placeholder_without_a_value(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_module, "model_repository", lambda: tmp_path)
+    monkeypatch.setattr(repository, "model_repository", lambda: tmp_path)
     with pytest.raises(BundleError, match="the Triton model preprocess is missing: expected"):
         copy_models(tmp_path / "bundle", VALUES)
 
 
 def test_the_models_are_found_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "lib" / "site-packages" / "blipstream_export"
+    package = tmp_path / "lib" / "site-packages" / "blipstream"
     package.mkdir(parents=True)
-    monkeypatch.setattr(bundle_module, "__file__", str(package / "bundle.py"))
-    with pytest.raises(BundleError, match=r"the Triton models are missing: expected .*blipstream_export/model_reposit"):
+    monkeypatch.setattr(repository, "__file__", str(package / "repository.py"))
+    with pytest.raises(BundleError, match=r"the Triton models are missing: expected .*blipstream/model_repository"):
         model_repository()
     (package / "model_repository").mkdir()
     assert model_repository() == package / "model_repository"

@@ -16,14 +16,18 @@ import pytest
 from blipstream_client import AsyncClient
 from tritonclient.utils import InferenceServerException
 
+import blipstream.bundle
 from blipstream.config import ServerConfig
 from blipstream.errors import ServerStartError, ServerUnavailableError
+from blipstream.triton.installation import Installation
 from blipstream.triton.server import TritonServer
 from tests.server.wire import Stream, ask, wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 SHM = Path("/dev/shm")
+HOSTILE = "-a b'\"$(touch PWNED)`touch PWNED`;touch PWNED;&*?[x]{a,b}~!#%=,:\\ \u00fc\u65e5\udcff"
+"""A file name with all that shells, lists of paths and encodings trip over."""
 NICENESS = 3
 
 
@@ -33,7 +37,7 @@ class Served:
     def __init__(self, bundle: Path, folder: Path, *options: str) -> None:
         self.folder = folder / "temporary"
         self.folder.mkdir()
-        self.log = folder / "server.log"
+        self.log = folder / f"{HOSTILE}.log"
         command = [str(Path(sys.executable).parent / "blipstream"), "serve", str(bundle), "--threads", "1"]
         ports = [option for name in ("grpc", "http", "metrics") for option in (f"--{name}-port", "0")]
         self.process = subprocess.Popen(
@@ -117,15 +121,21 @@ def executable(pid: int) -> str:
 
 
 @pytest.fixture
-def served(bundle: Path, tmp_path: Path) -> Iterator[Served]:
-    served = Served(bundle, tmp_path, "--stop-grace", "0.5", "--decode-niceness", str(NICENESS))
+def hostile(bundle: Path, tmp_path: Path) -> Path:
+    """A copy whose path and name are hostile."""
+    return Path(shutil.copytree(bundle, tmp_path / HOSTILE / HOSTILE))
+
+
+@pytest.fixture
+def served(hostile: Path, tmp_path: Path) -> Iterator[Served]:
+    served = Served(hostile, tmp_path, "--stop-grace", "0.5", "--decode-niceness", str(NICENESS))
     yield served
     served.close()
 
 
 def test_a_stop_answers_who_waits_and_leaves_nothing(served: Served, image: bytes) -> None:
     url = served.wait_until_ready()
-    assert [line.split()[0] for line in served.lines] == ["Serving", "gRPC", "HTTP", "metrics", "Ctrl-C"]
+    assert [line.split()[0] for line in served.lines] == ["Loading", "Serving", "gRPC", "HTTP", "metrics", "Ctrl-C"]
     served.check_it_runs()
     assert ask(url, image=image, max_tokens=3).num_output_tokens == 3
     with Stream(url, image=image, max_tokens=100_000, min_tokens=100_000, stream=True, temperature=1.0) as stream:
@@ -165,14 +175,15 @@ def test_a_stop_while_models_load_leaves_nothing(served: Served) -> None:
     served.check_nothing_is_left()
 
 
-def test_a_model_that_fails_to_load_is_one_sentence(bundle: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(bundle, broken)
-    graph = broken / "blip2" / "1" / "decoder.onnx"
+def test_a_model_that_fails_to_load_is_one_sentence(
+    hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = hostile / "blip2" / "1" / "decoder.onnx"
     graph.write_bytes(bytes(graph.stat().st_size))
+    monkeypatch.setattr(blipstream.bundle, "ALWAYS_HASHED", 1 << 10)
     log = tmp_path / "server.log"
     regions = set(SHM.glob(f"blipstream_{os.getpid()}_*"))
-    server = TritonServer(broken, log_file=log)
+    server = TritonServer(hostile, log_file=log)
     with pytest.raises(ServerStartError) as caught:
         server.start()
     message = str(caught.value)
@@ -181,13 +192,41 @@ def test_a_model_that_fails_to_load_is_one_sentence(bundle: Path, tmp_path: Path
     assert "\n" not in message
     assert "Traceback" not in message
     assert set(SHM.glob(f"blipstream_{os.getpid()}_*")) == regions
-    assert "failed to load 'blip2'" in log.read_text()
+    assert b"failed to load 'blip2'" in log.read_bytes()
     server.stop()
 
 
-def test_a_server_that_is_not_ready_in_time_is_stopped(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "text", "cause"),
+    [
+        ("models/qformer/1/model.py", "import os\n\nos.abort()", "model qformer: Stub process '.*' is not healthy"),
+        ("backends/python/triton_python_backend_stub", "#!/bin/sh\necho no >&2\nexit 1", "a model's process died: no"),
+    ],
+)
+def test_a_model_that_dies_at_its_start_is_reported_at_once(
+    path: str, text: str, cause: str, hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_backends(installation: Installation, folder: Path) -> None:
+        make(installation, folder)
+        file = folder.parent / path
+        file.unlink()
+        file.write_text(text)
+        file.chmod(0o755)
+
+    make = Installation.make_backends
+    monkeypatch.setattr(Installation, "make_backends", make_backends)
+    with pytest.raises(ServerStartError, match=f"^tritonserver did not start.*{cause}$"):
+        TritonServer(hostile, start_timeout=50.0).start()
+
+
+def test_a_log_on_a_full_disk_is_one_sentence(hostile: Path) -> None:
+    with pytest.raises(ServerStartError, match=r"^the log file /dev/full cannot be written: No space left on device$"):
+        TritonServer(hostile, log_file=Path("/dev/full")).start()
+
+
+def test_a_server_that_is_not_ready_in_time_is_stopped(hostile: Path, tmp_path: Path) -> None:
     with pytest.raises(ServerStartError, match=r"tritonserver was not ready after 0 s"):
-        TritonServer(bundle, log_file=tmp_path / "log", start_timeout=0.0).start()
+        TritonServer(hostile, log_file=tmp_path / "log", start_timeout=0.0).start()
 
 
 def test_two_servers_at_once(server: TritonServer, bundle: Path, image: bytes, tmp_path: Path) -> None:

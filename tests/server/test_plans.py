@@ -12,6 +12,9 @@ import pytest
 from blipstream_export.build import BuildOptions
 
 from blipstream.errors import ServerStartError
+from blipstream.manifest import Manifest
+from blipstream.repository import write_models
+from blipstream.triton import folder as server_folder
 from blipstream.triton.server import TritonServer
 from tests.checkpoints import PROMPTS, make_images, save_blip2
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
@@ -35,13 +38,16 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def serving(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def serving(bundle: Path) -> Iterator[Serving]:
     """A server whose models find the simulated packages: a model imports from its own folder before all others."""
-    copy = tmp_path_factory.mktemp("plans") / "bundle"
-    shutil.copytree(bundle, copy)
-    for model in ("vision_encoder", "qformer", "blip2"):
-        shutil.copytree(FOLDER, copy / model / "1", dirs_exist_ok=True)
-    with served(copy) as serving:
+
+    def write(folder: Path, manifest: Manifest, **options: bool) -> None:
+        write_models(folder, manifest, **options)
+        for model in ("vision_encoder", "qformer", "blip2"):
+            shutil.copytree(FOLDER, folder / model / "1", dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch, served(bundle) as serving:
+        patch.setattr(server_folder, "write_models", write)
         yield serving
 
 

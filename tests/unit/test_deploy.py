@@ -116,7 +116,7 @@ def test_the_copied_files_make_a_wheel_that_has_the_models(instructions: list[tu
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "blipstream/triton/container.py" in names
-    assert "blipstream_export/model_repository/blip2/config.pbtxt" in names
+    assert "blipstream/model_repository/blip2/config.pbtxt" in names
 
 
 # --- compose -----------------------------------------------------------------------------------------------------

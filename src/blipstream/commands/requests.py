@@ -190,7 +190,7 @@ def _connect(options: RequestOptions) -> Client:
 
 def complain(command: str, message: str) -> None:
     """Write an error, with the name of the command, to standard error."""
-    Console(stderr=True).out(f"blipstream {command}: {message}", style="red", highlight=False)
+    Console(stderr=True).out(printable(f"blipstream {command}: {message}"), style="red", highlight=False)
 
 
 def read_source(file: str) -> str | bytes:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from blipstream.commands.options import with_options
-from blipstream.commands.requests import complain
+from blipstream.commands.requests import complain, printable
 from blipstream.config import ServerConfig
 from blipstream.errors import BlipstreamError, ServerStartError
 
@@ -77,6 +77,9 @@ def serve(
     start_timeout: Annotated[float, typer.Option(help="Seconds that the models have to load.")] = 600.0,
     log_file: Annotated[Path | None, typer.Option(help="Append all that the server says to this file.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show all that the server says.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the hashes of large files too: seconds for each gigabyte.")
+    ] = False,
     *,
     options: ModelOptions,
 ) -> None:
@@ -94,10 +97,14 @@ def serve(
             log_file=log_file,
             verbose=verbose,
             start_timeout=start_timeout,
+            verify=verify,
         )
         _run(server, bundle, Console())
     except BlipstreamError as error:
         complain("serve", str(error))
+        raise typer.Exit(1) from None
+    except OSError as error:
+        complain("serve", f"standard output cannot be written: {error.strerror}")
         raise typer.Exit(1) from None
 
 
@@ -105,9 +112,13 @@ def _run(server: TritonServer, bundle: Path, console: Console) -> None:
     """Serve until a signal comes or the server ends, and leave nothing behind."""
     with _stop_signals() as ignore_signals:
         try:
+            _say(console, f"Loading {bundle}")
             server.start()
             _show(server, bundle, console)
+            fault = None
             while server.poll() is None:
+                if fault is None and (fault := server.log_fault):
+                    complain("serve", f"{fault}; serving goes on without it")
                 time.sleep(_POLL_S)
             raise ServerStartError(f"tritonserver ended unexpectedly, with status {server.poll()}")
         except KeyboardInterrupt:
@@ -145,4 +156,8 @@ def _show(server: TritonServer, bundle: Path, console: Console) -> None:
         f"  metrics  {server.metrics_url}",
         "Ctrl-C stops it.",
     ]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    _say(console, *lines)
+
+
+def _say(console: Console, *lines: str) -> None:
+    console.print(printable("\n".join(lines)), markup=False, highlight=False, soft_wrap=True)

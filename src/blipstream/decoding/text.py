@@ -37,7 +37,7 @@ class Tokenizer:
         if not path.is_file():
             raise BundleError(f"there is no tokenizer at {path}")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
         except Exception as error:  # the library raises bare Exception
             raise BundleError(f"{path} is not a tokenizer: {error}") from error
 

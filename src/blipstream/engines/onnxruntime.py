@@ -15,6 +15,7 @@ from blipstream.engines.base import BoundRun, Engine, TensorInfo
 from blipstream.engines.cache import CacheShape, KVCache
 from blipstream.engines.memory import BFLOAT16, Array, DeviceArray, Tensor
 from blipstream.errors import EngineError
+from blipstream.paths import utf8_path
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -58,7 +59,8 @@ class OnnxRuntimeEngine(Engine):
         if not path.is_file():
             raise EngineError(f"there is no ONNX graph at {path}")
         try:
-            session = ort.InferenceSession(str(path), _options(threads, spin), providers=self._providers())
+            with utf8_path(path) as name:
+                session = ort.InferenceSession(name, _options(threads, spin), providers=self._providers())
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise EngineError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
         self._session: ort.InferenceSession | None = session

@@ -5,9 +5,9 @@
 Run as a file of its own, with the standard library alone and the server's environment. ``JSON`` holds ``command``,
 ``folder`` (the server's temporary folder), ``shm_prefix`` (of its regions in /dev/shm), ``lifeline_variable`` and
 ``stop_timeout``. Its standard input is a pipe from the launcher: when that ends, because the launcher closes it or dies
-of anything, the server is stopped. When the server ends, by itself or stopped, what it left behind (processes, shared
-memory, the folder) is removed, and the guard exits with its status. When the guard itself dies, the server gets a
-SIGTERM.
+of anything, the server is stopped, in haste if the launcher wrote a byte first. When the server ends, by itself or
+stopped, what it left behind (processes, shared memory, the folder) is removed, and the guard exits with its status. If
+the guard itself dies, the server gets a SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.05
+HASTE_S = 2.0
 SHM = Path("/dev/shm")
 
 
@@ -46,10 +47,12 @@ def main(job: dict[str, Any]) -> int:
     )
     os.close(lifeline)
     try:
-        while server.poll() is None and not launcher_is_gone():
+        word = None
+        while server.poll() is None and word is None:
             reap(server.pid)
+            word = listen()
         os.close(lifeline_end)
-        stop(server, job["stop_timeout"])
+        stop(server, HASTE_S if word else job["stop_timeout"])
     finally:
         clean_up(server.pid, Path(job["folder"]), job["shm_prefix"])
     return server.returncode if server.returncode >= 0 else 128 - server.returncode
@@ -68,10 +71,10 @@ def prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def launcher_is_gone() -> bool:
-    """Wait a moment; return whether standard input has ended."""
+def listen() -> bytes | None:
+    """Wait a moment; return what the launcher said: a byte, none when it is gone, or None when it was silent."""
     ready, _, _ = select.select([0], [], [], POLL_S)
-    return bool(ready) and not os.read(0, 1)
+    return os.read(0, 1) if ready else None
 
 
 def stop(server: subprocess.Popen[bytes], timeout: float) -> None:

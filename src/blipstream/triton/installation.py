@@ -16,9 +16,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from blipstream.errors import ServerStartError
 _PACKAGE = "pytriton"
 _LIBRARIES = "nvidia_pytriton.libs"
 _STUB = "triton_python_backend_stub"
+_DROPPED = re.compile(r"(BASH_ENV|ENV|SHELLOPTS|BASHOPTS|PYTHONHOME|PYTHONINSPECT|PYTHONWARNINGS)$|BASH_FUNC_")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -79,18 +81,24 @@ class Installation:
             if path.is_file():
                 (target / path.name).symlink_to(path)
 
-    def environment(self, threads: int) -> dict[str, str]:
+    def environment(self, threads: int, safe: Callable[[Path], Path] = Path) -> dict[str, str]:
         """Environment of the server's process: this process's own, plus what server, stub and package need.
+
+        What would change the shell that starts the models, or which interpreter they find, is left out.
 
         Args:
             threads: bound on the threads of numerical libraries; 0 sets none.
+            safe: gives the name under which a folder is put into a list of paths.
         """
-        variables = dict(os.environ)
-        libraries = [str(self.libraries), *_python_library_folders(), variables.get("LD_LIBRARY_PATH", "")]
+        variables = {name: value for name, value in os.environ.items() if not _DROPPED.match(name)}
+        folders = [self.libraries, *_python_library_folders()]
+        libraries = [*map(str, map(safe, folders)), variables.get("LD_LIBRARY_PATH", "")]
         variables["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
         # The stub's interpreter finds its prefix, and so the virtual environment, by the python3 that PATH shows first.
-        variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", os.defpath)])
-        variables["PYTHONPATH"] = os.pathsep.join(_import_folders(variables))
+        programs = Path(sys.executable).parent
+        paths = [str(safe(programs.parent) / programs.name), variables.get("PATH", os.defpath)]
+        variables["PATH"] = os.pathsep.join(paths)
+        variables["PYTHONPATH"] = os.pathsep.join([*map(str, map(safe, _import_folders())), *_given_folders(variables)])
         variables["PYTHONUNBUFFERED"] = "1"
         variables["TOKENIZERS_PARALLELISM"] = "false"
         variables.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -108,15 +116,24 @@ def _check_numpy() -> None:
         )
 
 
-def _python_library_folders() -> list[str]:
+def _python_library_folders() -> list[Path]:
     """Folders that may hold libpython, the running interpreter's own before the system's."""
     name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
     candidates = [Path(sysconfig.get_config_var("LIBDIR") or ""), Path(sys.base_prefix) / "lib"]
-    return list(dict.fromkeys(str(folder) for folder in candidates if (folder / name).is_file()))
+    return list(dict.fromkeys(folder for folder in candidates if (folder / name).is_file()))
 
 
-def _import_folders(variables: Mapping[str, str]) -> list[str]:
-    """Folders from which the models import: this package's, the installed packages', and the caller's."""
-    package = str(Path(__file__).resolve().parents[2])
-    installed = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
-    return list(dict.fromkeys(filter(None, [package, *installed, *variables.get("PYTHONPATH", "").split(os.pathsep)])))
+def _import_folders() -> list[Path]:
+    """Folders from which the models import: this package's and the installed packages'."""
+    package = Path(__file__).resolve().parents[2]
+    installed = [Path(entry) for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    return list(dict.fromkeys((package, *installed)))
+
+
+def _given_folders(variables: Mapping[str, str]) -> list[str]:
+    """The caller's ``PYTHONPATH``; its relative folders are those of this process."""
+    entries = [Path(entry) for entry in variables.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    try:
+        return [str(entry.absolute()) for entry in entries]
+    except FileNotFoundError:  # the working directory is gone
+        return [str(entry) for entry in entries if entry.is_absolute()]

@@ -32,17 +32,25 @@ class LogPump:
 
     Args:
         source: the server's standard output and error, as one pipe.
-        write: takes each wanted line.
+        write: takes each wanted line. When it raises OSError, the line is lost, and the first such error is kept as
+            :attr:`fault`; the server must not wait for a full disk.
         wanted: says which lines are; all by default.
+        rewrite: what becomes of each line first.
     """
 
     def __init__(
-        self, source: IO[bytes], write: Callable[[str], None], wanted: Callable[[str], bool] | None = None
+        self,
+        source: IO[bytes],
+        write: Callable[[str], object],
+        wanted: Callable[[str], bool] | None = None,
+        rewrite: Callable[[str], str] = str,
     ) -> None:
         self._source = source
         self._write = write
         self._wanted = wanted
+        self._rewrite = rewrite
         self._tail: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.fault: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="server-log", daemon=True)
         self._thread.start()
 
@@ -57,10 +65,13 @@ class LogPump:
 
     def _run(self) -> None:
         for raw in self._source:
-            line = raw.decode("utf-8", "replace").rstrip("\n")
+            line = self._rewrite(raw.decode("utf-8", "replace").rstrip("\n"))
             self._tail.append(line)
             if self._wanted is None or self._wanted(line):
-                self._write(line)
+                try:
+                    self._write(line)
+                except OSError as error:
+                    self.fault = self.fault or error
 
 
 def is_alarming(line: str) -> bool:
@@ -69,6 +80,16 @@ def is_alarming(line: str) -> bool:
         return False
     match = _LINE.match(line)
     return match is None or match["severity"] != "I"
+
+
+def has_failed(lines: Iterable[str]) -> bool:
+    """Whether a model has failed to load; the server itself ends only after the others have loaded."""
+    return any(_CAUSES[0].search(line) for line in lines if "failed to load '" in line)
+
+
+def is_passing(lines: Iterable[str]) -> bool:
+    """Whether a start failed of a race in Triton's own shared memory, and another one will do."""
+    return any("lock_exception" in line for line in lines)
 
 
 def find_cause(lines: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from blipstream.config import ServerConfig
 from blipstream.engines import Engine, open_engine
 from blipstream.manifest import Manifest
+from blipstream.triton.folder import BUNDLE_VARIABLE
 
 
 class ModelFolder:
@@ -28,8 +29,9 @@ class ModelFolder:
     def __init__(self, args: Mapping[str, str]) -> None:
         prepare_process(args["model_name"])
         repository = Path(args["model_repository"])
-        self.path = repository / args["model_version"]
-        self.manifest = Manifest.load(repository.parent)
+        bundle = Path(os.environ.get(BUNDLE_VARIABLE) or repository.parent)
+        self.path = bundle / repository.name / args["model_version"]
+        self.manifest = Manifest.load(bundle)
         self.config = ServerConfig.from_environment()
         self.labels = {"model": args["model_name"], "version": args["model_version"]}
 

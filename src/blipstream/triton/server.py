@@ -13,24 +13,24 @@ import json
 import math
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from blipstream.bundle import check_bundle
 from blipstream.config import ServerConfig
-from blipstream.contract import EMBEDDED_CONFIG
 from blipstream.errors import ServerStartError
+from blipstream.manifest import Manifest
 from blipstream.triton import guard
+from blipstream.triton.folder import BUNDLE_VARIABLE, ServerFolder
 from blipstream.triton.installation import Installation
 from blipstream.triton.lifeline import LIFELINE_VARIABLE
-from blipstream.triton.log import LogPump, find_cause, is_alarming
+from blipstream.triton.log import LogPump, find_cause, has_failed, is_alarming, is_passing
+from blipstream.triton.machine import check_machine, has_dead_model, shared_memory_warning
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,8 +40,11 @@ HOST = "127.0.0.1"
 
 SERVICES = ("grpc", "http", "metrics")
 _ATTEMPTS = 3
-"""Starts, when a port that was chosen here is taken by someone else before the server binds it."""
+"""Starts, when a port that was chosen here is taken by someone else before the server binds it, or Triton fails by a
+race of its own."""
 _POLL_S = 0.05
+_SILENCE_S = 1.0
+"""Time that the server has to say why a model's process died."""
 _UNLOAD_S = 30.0
 """Time beyond the grace that the server has to unload its models."""
 _KILL_AFTER_S = 10.0
@@ -60,6 +63,7 @@ class TritonServer:
         log_file: takes all that the server says; by default, warnings and errors go to standard error.
         verbose: all that the server says goes to standard error.
         start_timeout: seconds that the server has to load the models.
+        verify: check the hashes of all files of the bundle, graphs included, before the start.
     """
 
     def __init__(
@@ -73,8 +77,10 @@ class TritonServer:
         log_file: Path | None = None,
         verbose: bool = False,
         start_timeout: float = 600.0,
+        verify: bool = False,
     ) -> None:
-        self._bundle = bundle.resolve()
+        self._bundle = bundle
+        self._verify = verify
         self._wanted_ports = dict(zip(SERVICES, (grpc_port, http_port, metrics_port), strict=True))
         self._config = config or ServerConfig()
         self._log_file = log_file
@@ -83,8 +89,8 @@ class TritonServer:
         self._ports: Mapping[str, int] = self._wanted_ports
         self._guard: subprocess.Popen[bytes] | None = None
         self._log: LogPump | None = None
-        self._log_stream: IO[str] | None = None
-        self._folder: Path | None = None
+        self._log_stream: IO[bytes] | None = None
+        self._folder: ServerFolder | None = None
 
     @property
     def grpc_url(self) -> str:
@@ -106,6 +112,12 @@ class TritonServer:
         """The last lines that the server said."""
         return self._log.tail() if self._log else []
 
+    @property
+    def log_fault(self) -> str | None:
+        """Why some of what the server said is not in the log file; None when all is."""
+        fault = self._log and self._log.fault
+        return f"the log file {self._log_file} cannot be written: {fault.strerror}" if fault else None
+
     def start(self) -> Self:
         """Start the server and wait until every model is ready.
 
@@ -116,27 +128,40 @@ class TritonServer:
         """
         if self._guard is not None:
             raise ServerStartError(f"the server of {self._bundle} is running already")
-        check_bundle(self._bundle)
+        manifest = check_bundle(self._bundle, verify=self._verify)
         installation = Installation.find()
-        for attempt in range(_ATTEMPTS):
+        warning = shared_memory_warning(manifest, self._config)
+        if warning:
+            print(f"blipstream: {warning}", file=sys.stderr)
+        for attempt in range(1, _ATTEMPTS + 1):
             self._ports = choose_ports(self._wanted_ports)
             try:
-                self._launch(installation)
+                self._launch(installation, manifest)
                 self._wait_until_ready()
                 return self
             except ServerStartError as error:
-                self.stop()
-                if "in use" not in str(error) or attempt == _ATTEMPTS - 1 or all(self._wanted_ports.values()):
+                again = attempt < _ATTEMPTS and self._is_passing(error)
+                self._stop(hastily=True)
+                if not again:
                     raise
             except BaseException:
                 self.stop()
                 raise
         raise AssertionError("the last attempt returns or raises")
 
+    def _is_passing(self, error: ServerStartError) -> bool:
+        port_lost = "in use" in str(error) and not all(self._wanted_ports.values())
+        return port_lost or is_passing(self.log_tail)
+
     def stop(self) -> None:
         """Stop the server and wait until nothing of it is left. May be called twice."""
+        self._stop(hastily=False)
+
+    def _stop(self, *, hastily: bool) -> None:
         if self._guard is not None and self._guard.stdin is not None:
-            self._guard.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._guard.stdin.write(b"!" if hastily else b"")
+                self._guard.stdin.close()
             self._guard.wait()
             self._guard = None
         if self._log is not None:
@@ -145,7 +170,7 @@ class TritonServer:
             self._log_stream.close()
             self._log_stream = None
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)  # the guard has done it, unless it never ran
+            self._folder.close()  # the guard has done it, unless it never ran
             self._folder = None
 
     def poll(self) -> int | None:
@@ -158,30 +183,41 @@ class TritonServer:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def _launch(self, installation: Installation) -> None:
-        folder = self._folder = Path(tempfile.mkdtemp(prefix="blipstream-"))
+    def _launch(self, installation: Installation, manifest: Manifest) -> None:
+        write = self._open_log()
+        folder = self._folder = ServerFolder()
+        folder.fill(self._bundle, manifest, embedded=True)
         shm_prefix = f"blipstream_{os.getpid()}_{secrets.token_hex(4)}_"
-        backends = folder / "backends"
-        backends.mkdir()
-        installation.make_backends(backends)
-        job = {
-            "command": self._command(installation, backends, shm_prefix),
-            "folder": str(folder),
+        environment = installation.environment(self._config.threads, folder.safe)
+        check_machine(environment)
+        try:
+            installation.make_backends(folder.backends)
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", guard.__file__, json.dumps(self._job(installation, folder, shm_prefix))],
+                env={**environment, **self._config.to_environment(), BUNDLE_VARIABLE: str(folder.bundle)},
+                cwd=folder.path,  # the caller's may be gone, or hold modules of the models' names
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C on the terminal reaches the launcher alone
+            )
+        except OSError as error:
+            raise ServerStartError(f"the server's process cannot be started: {error.strerror}") from None
+        if self._guard.stdout is None:
+            raise AssertionError("the guard's output is a pipe")
+        wanted = None if self._verbose or self._log_file else is_alarming
+        self._log = LogPump(self._guard.stdout, write, wanted, folder.restore)
+
+    def _job(self, installation: Installation, folder: ServerFolder, shm_prefix: str) -> dict[str, object]:
+        return {
+            "command": self._command(installation, folder, shm_prefix),
+            "folder": str(folder.path),
             "shm_prefix": shm_prefix,
             "lifeline_variable": LIFELINE_VARIABLE,
             "stop_timeout": self._config.stop_grace + _UNLOAD_S + _KILL_AFTER_S,
         }
-        self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, json.dumps(job)],
-            env={**installation.environment(self._config.threads), **self._config.to_environment()},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C on the terminal reaches the launcher alone
-        )
-        self._log = self._open_log(self._guard)
 
-    def _command(self, installation: Installation, backends: Path, shm_prefix: str) -> list[str]:
+    def _command(self, installation: Installation, folder: ServerFolder, shm_prefix: str) -> list[str]:
         services = [
             argument
             for name in SERVICES
@@ -189,9 +225,8 @@ class TritonServer:
         ]
         return [
             str(installation.binary),
-            f"--model-repository={self._bundle}",
-            f"--model-config-name={EMBEDDED_CONFIG}",
-            f"--backend-directory={backends}",
+            f"--model-repository={folder.models}",
+            f"--backend-directory={folder.backends}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
             *services,
             "--disable-auto-complete-config",  # the configurations are complete; it would load each model twice
@@ -200,25 +235,27 @@ class TritonServer:
             f"--exit-timeout-secs={math.ceil(self._config.stop_grace + _UNLOAD_S)}",
         ]
 
-    def _open_log(self, process: subprocess.Popen[bytes]) -> LogPump:
-        if process.stdout is None:
-            raise AssertionError("the guard's output is a pipe")
-        if self._log_file is not None:
-            try:
-                self._log_stream = stream = self._log_file.open("a", encoding="utf-8", buffering=1)
-            except OSError as error:
-                raise ServerStartError(f"the log file {self._log_file} cannot be written: {error.strerror}") from None
-            return LogPump(process.stdout, lambda line: print(line, file=stream))
-        wanted = None if self._verbose else is_alarming
-        return LogPump(process.stdout, lambda line: print(line, file=sys.stderr), wanted)
+    def _open_log(self) -> Callable[[str], object]:
+        """What takes each line of the server."""
+        if self._log_file is None:
+            return lambda line: print(line, file=sys.stderr)
+        try:
+            self._log_stream = stream = self._log_file.open("ab", buffering=0)
+        except OSError as error:
+            raise ServerStartError(f"the log file {self._log_file} cannot be written: {error.strerror}") from None
+        return lambda line: stream.write(f"{line}\n".encode("utf-8", "surrogateescape"))
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self._start_timeout
         while not (
             answers_ok(self._ports["http"], "/v2/health/ready") and answers_ok(self._ports["metrics"], "/metrics")
         ):
-            if self.poll() is not None:
+            if self.poll() is not None or has_failed(self.log_tail):
                 self._fail("did not start")
+            if self._has_dead_model():
+                self._fail("did not start, as a model's process died")
+            if self.log_fault:
+                raise ServerStartError(self.log_fault)
             if time.monotonic() > deadline:
                 self._fail(f"was not ready after {self._start_timeout:g} s")
             time.sleep(_POLL_S)
@@ -227,6 +264,13 @@ class TritonServer:
         if self._log is not None and self.poll() is not None:
             self._log.join()
         raise ServerStartError(f"tritonserver {what}: {find_cause(self.log_tail)}")
+
+    def _has_dead_model(self) -> bool:
+        """Whether a model's process has died, and the server says nothing of it for a while."""
+        if self._guard is None or not has_dead_model(self._guard.pid):
+            return False
+        time.sleep(_SILENCE_S)
+        return not has_failed(self.log_tail) and self.poll() is None and has_dead_model(self._guard.pid)
 
 
 def choose_ports(wanted: Mapping[str, int]) -> dict[str, int]:

@@ -15,16 +15,12 @@ from typing import Any
 
 import pytest
 
-from blipstream.bundle import check_bundle
 from blipstream.config import ServerConfig
-from blipstream.contract import MODEL_NAMES
-from blipstream.errors import BundleError, ServerStartError
-from blipstream.manifest import FileEntry
+from blipstream.errors import ServerStartError
 from blipstream.triton import guard, installation
 from blipstream.triton.installation import Installation
 from blipstream.triton.log import LogPump, find_cause, is_alarming
-from blipstream.triton.server import TritonServer, choose_ports
-from tests.unit.triton.fakes import make_manifest
+from blipstream.triton.server import choose_ports
 
 # --- settings --------------------------------------------------------------------------------------------------------
 
@@ -53,43 +49,6 @@ def test_wrong_settings_are_named(variables: dict[str, str], fault: str) -> None
     assert str(caught.value) == fault
 
 
-# --- bundle ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    """A folder with the files of a bundle and nothing of use in them."""
-    names = [f"{name}/config.pbtxt" for name in MODEL_NAMES] + ["blip2/1/decoder.onnx"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("abc")
-    files = {name: FileEntry(bytes=3, sha256="") for name in names}
-    make_manifest().model_copy(update={"files": files}).dump(tmp_path)
-    return tmp_path
-
-
-def test_a_whole_bundle_passes(bundle: Path) -> None:
-    assert check_bundle(bundle).decoder.max_sequences == 4
-
-
-def test_missing_files_are_all_named(bundle: Path) -> None:
-    (bundle / "blip2/1/decoder.onnx").unlink()
-    (bundle / "qformer/config.pbtxt").unlink()
-    with pytest.raises(BundleError, match=r"it lacks blip2/1/decoder\.onnx, qformer/config\.pbtxt$"):
-        TritonServer(bundle).start()
-
-
-def test_a_file_of_another_size_is_named(bundle: Path) -> None:
-    (bundle / "blip2/1/decoder.onnx").write_text("ab")
-    with pytest.raises(BundleError, match=r"blip2/1/decoder\.onnx has 2 bytes and should have 3"):
-        TritonServer(bundle).start()
-
-
-def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is not a bundle"):
-        TritonServer(tmp_path / "nothing").start()
-
-
 # --- ports -----------------------------------------------------------------------------------------------------------
 
 
@@ -103,13 +62,13 @@ def test_free_ports_are_chosen_and_given_ones_kept() -> None:
     assert all(1024 <= port < 65536 for port in ports.values())
 
 
-def test_a_taken_port_is_named(bundle: Path) -> None:
+def test_a_taken_port_is_named() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ServerStartError) as caught:
-            TritonServer(bundle, http_port=port).start()
+            choose_ports({"grpc": 0, "http": port, "metrics": 0})
     assert str(caught.value) == f"port {port} on 127.0.0.1 cannot be used for the http service: it is taken"
 
 

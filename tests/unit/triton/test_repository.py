@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blipstream_export.bundle import copy_models, model_repository
 
 from blipstream.contract import BLIP2, BLIP2_UNARY, IMAGE_FEATURES, MODEL_NAMES, ModelSpec, TensorSpec
 from blipstream.manifest import Manifest
+from blipstream.repository import model_repository, write_models
 from tests.unit.triton.fakes import make_manifest
 
 text_format = pytest.importorskip("google.protobuf.text_format")
@@ -28,7 +28,7 @@ def manifest(request: pytest.FixtureRequest) -> Manifest:
 @pytest.fixture(scope="module")
 def bundle(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle")
-    copy_models(folder, manifest.config_values, instructed=manifest.qformer.instruction is not None)
+    write_models(folder, manifest)
     return folder
 
 
