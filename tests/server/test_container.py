@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ class Container:
         with (folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "blipstream.triton.container", str(bundle), *options],
-                env=environment,
+                env={**environment, "TMPDIR": str(folder)},
                 stdout=log,
                 stderr=log,
             )
@@ -53,7 +54,7 @@ class Container:
 
 @pytest.fixture
 def running(bundle: Path, tmp_path: Path) -> Iterator[Container]:
-    container = Container(bundle, tmp_path)
+    container = Container(Path(shutil.copytree(bundle, tmp_path / "$(touch PWNED) \u00fc\udcff")), tmp_path)
     try:
         wait_until(container.is_ready)
         yield container

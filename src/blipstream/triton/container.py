@@ -1,7 +1,8 @@
 """Serving a bundle in NVIDIA's Triton container: ``python3 -m blipstream.triton.container BUNDLE [OPTION ...]``.
 
-It checks the bundle, sees that the container's TensorRT loads the bundle's engines, and then becomes ``tritonserver``,
-which so gets the signals of the container. Options are handed on to it, behind those of :func:`server_command`.
+It checks the bundle and that the container's TensorRT loads the bundle's engines, writes a model repository of safe
+paths (:mod:`blipstream.triton.folder`), and then becomes ``tritonserver``, which so gets the signals of the container.
+Options are handed on to it, after those of :func:`server_command`.
 
 Triton answers SIGTERM by refusing new requests and unloading its models when those that run are answered, for
 :data:`DRAIN_S` seconds at most; whoever stops the container must wait longer than that before killing it.
@@ -16,9 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blipstream.bundle import check_bundle
+from blipstream.config import ServerConfig
 from blipstream.engines.platform import check_version
 from blipstream.errors import BlipstreamError, EngineError
 from blipstream.manifest import PlanSection
+from blipstream.triton.folder import BUNDLE_VARIABLE, ServerFolder
+from blipstream.triton.installation import inherited_environment
 
 DRAIN_S = 60
 """Seconds that running requests have when the server is told to stop."""
@@ -33,21 +37,27 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     bundle = Path(arguments[0])
     try:
-        check_tensorrt(check_bundle(bundle).plans)
-        os.execvp(_PROGRAM, server_command(bundle, arguments[1:]))
+        manifest = check_bundle(bundle)
+        check_tensorrt(manifest.plans)
+        ServerConfig.from_environment()
+        folder = ServerFolder()
+        folder.fill(bundle, manifest, embedded=False)
+        environment = {**inherited_environment(), BUNDLE_VARIABLE: str(folder.bundle)}
+        os.execvpe(_PROGRAM, server_command(folder.models, arguments[1:]), environment)
     except BlipstreamError as error:
         fault = str(error)
     except FileNotFoundError:
+        folder.close()
         fault = f"there is no {_PROGRAM} on PATH: this is meant for NVIDIA's Triton container"
     print(f"blipstream: {fault}", file=sys.stderr)
     return 1
 
 
-def server_command(bundle: Path, options: Sequence[str] = ()) -> list[str]:
+def server_command(repository: Path, options: Sequence[str] = ()) -> list[str]:
     """The command line of ``tritonserver``."""
     return [
         _PROGRAM,
-        f"--model-repository={bundle}",
+        f"--model-repository={repository}",
         "--disable-auto-complete-config",  # the configurations are complete; it would load each model twice
         f"--exit-timeout-secs={DRAIN_S}",
         *options,

@@ -84,13 +84,11 @@ class Installation:
     def environment(self, threads: int, safe: Callable[[Path], Path] = Path) -> dict[str, str]:
         """Environment of the server's process: this process's own, plus what server, stub and package need.
 
-        What would change the shell that starts the models, or which interpreter they find, is left out.
-
         Args:
             threads: bound on the threads of numerical libraries; 0 sets none.
             safe: gives the name under which a folder is put into a list of paths.
         """
-        variables = {name: value for name, value in os.environ.items() if not _DROPPED.match(name)}
+        variables = inherited_environment()
         folders = [self.libraries, *_python_library_folders()]
         libraries = [*map(str, map(safe, folders)), variables.get("LD_LIBRARY_PATH", "")]
         variables["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
@@ -105,6 +103,11 @@ class Installation:
         if threads:
             variables.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
         return variables
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's environment, without what would change the shell that starts the models or their interpreter."""
+    return {name: value for name, value in os.environ.items() if not _DROPPED.match(name)}
 
 
 def _check_numpy() -> None:
