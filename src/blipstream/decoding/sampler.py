@@ -20,6 +20,8 @@ from blipstream.decoding.logits import Ids, Logits, Scores, reduced
 from blipstream.decoding.request import SamplingParams
 from blipstream.errors import BlipstreamError, EngineError, InvalidRequestError
 
+_NO_IDS: Ids = np.array([], np.int64)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -39,17 +41,18 @@ class BannedWords:
     """
 
     def __init__(self, words: Iterable[tuple[int, ...]]) -> None:
-        self._last_tokens: dict[tuple[int, ...], set[int]] = {}
+        last_tokens: dict[tuple[int, ...], set[int]] = {}
         for word in words:
-            self._last_tokens.setdefault(word[:-1], set()).add(word[-1])
-        self._lengths = sorted({len(beginning) for beginning in self._last_tokens})
+            last_tokens.setdefault(word[:-1], set()).add(word[-1])
+        self._last_tokens = {beginning: np.array([*tokens]) for beginning, tokens in last_tokens.items()}
+        self._lengths = sorted({len(beginning) for beginning in last_tokens})
 
-    def completing(self, history: Sequence[int]) -> Iterator[set[int]]:
-        """The tokens that would complete a word after ``history``, in sets."""
+    def completing(self, history: Sequence[int]) -> Iterator[Ids]:
+        """The tokens that would complete a word after ``history``, without order."""
         for length in self._lengths:
             if length > len(history):
                 return
-            yield self._last_tokens.get(tuple(history[len(history) - length :]), set())
+            yield self._last_tokens.get(tuple(history[len(history) - length :]), _NO_IDS)
 
 
 class TokenChooser:
@@ -73,7 +76,7 @@ class TokenChooser:
         vocab_size: int,
     ) -> None:
         self._params = params
-        self._eos_token_ids = list(eos_token_ids)
+        self._eos_token_ids: Ids = np.array([*eos_token_ids], np.int64)
         self._bad_words = BannedWords(word for word in bad_words if len(word) > 1 or word[0] not in eos_token_ids)
         self._history = list(prompt_ids)
         self._num_prompt_ids = len(self._history)
@@ -92,7 +95,7 @@ class TokenChooser:
             and not any(argmax in tokens for tokens in self._banned())
         )
 
-    def _banned(self) -> Iterator[Collection[int]]:
+    def _banned(self) -> Iterator[Ids]:
         """Tokens that must not come next: those that complete a bad word, and ends that come too early."""
         yield from self._bad_words.completing(self._history)
         if len(self._history) - self._num_prompt_ids < self._params.min_tokens:
@@ -129,7 +132,7 @@ class TokenChooser:
             counts = np.fromiter(self._generated.values(), np.float32)
             scores[ids] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts
         for tokens in self._banned():
-            scores[list(tokens)] = -np.inf
+            scores[tokens] = -np.inf
         return scores
 
     def _pick(self, logits: Scores) -> int:

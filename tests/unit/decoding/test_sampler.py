@@ -334,7 +334,7 @@ def test_a_bad_word_of_several_tokens_is_banned_when_about_to_be_complete():
 )
 def test_words_are_found_by_what_comes_before_their_last_token(words, history):
     expected = {word[-1] for word in words if tuple(history[len(history) - len(word) + 1 :]) == word[:-1]}
-    assert set().union(*BannedWords(words).completing(history)) == expected
+    assert {token for tokens in BannedWords(words).completing(history) for token in tokens} == expected
 
 
 def test_log_probabilities_are_those_of_the_unmodified_logits():
