@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,9 +43,9 @@ def spelled_out(question: scenes.Question) -> Text:
     return Text("spelled out", f"Question: {question.text} Long answer:", f"{x} is to the {side} of {y}")
 
 
-def corpus(count: int = 3000) -> list[str]:
+@functools.cache
+def corpus(count: int = 3000) -> tuple[str, ...]:
     """What tokenizers are made from: whole texts of training scenes, and the prompts."""
     rng = np.random.default_rng(0)
-    return [text.whole for i in range(count) for text in scene_texts(scenes.scene("train", i), 0, rng)] + [
-        prompt for prompt in CAPTION_PROMPTS if prompt
-    ]
+    texts = [text.whole for i in range(count) for text in scene_texts(scenes.scene("train", i), 0, rng)]
+    return (*texts, *filter(None, CAPTION_PROMPTS))
