@@ -10,8 +10,8 @@ import pytest
 import torch
 from blipstream_export.build import BuildOptions, BuildResult, build
 
-from tests.checkpoints import save_blip2_opt
 from tests.export.language_models import VARIANTS, Exported, Exporter, make_model
+from tests.support.checkpoints import save_blip2_opt
 
 torch.set_num_threads(1)  # the models are tiny
 

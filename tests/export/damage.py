@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import TinySizes, make_blip2_opt, make_processor
-from tests.languages import opt_tokenizer
+from tests.support.checkpoints import TinySizes, make_blip2_opt, make_processor
+from tests.support.languages import opt_tokenizer
 
 Fault = Callable[[Path], None]
 

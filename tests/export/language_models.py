@@ -17,8 +17,8 @@ from torch import Tensor
 from blipstream.decoding.request import Prompt
 from blipstream.engines import RowDecoder, create_engine, load_decoder
 from blipstream.manifest import DecoderSection
-from tests.checkpoints import make_blip2
-from tests.languages import LLAMA_VARIANTS, OPT_VARIANTS, T5_VARIANTS
+from tests.support.checkpoints import make_blip2
+from tests.support.languages import LLAMA_VARIANTS, OPT_VARIANTS, T5_VARIANTS
 
 VARIANTS = {"opt": OPT_VARIANTS, "llama": LLAMA_VARIANTS, "t5": T5_VARIANTS}
 CASES = [(language, name) for language, variants in VARIANTS.items() for name in variants]

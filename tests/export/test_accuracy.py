@@ -14,9 +14,9 @@ from blipstream_export.build import BuildOptions, build
 from blipstream_export.inprocess import InProcess
 
 from blipstream.errors import BlipstreamError, BundleError
-from tests.checkpoints import PROMPTS, make_images
-from tests.instructblip import save_instructblip, save_instructblipvideo
 from tests.server.faithful import Ask, Reference
+from tests.support.checkpoints import PROMPTS, make_images
+from tests.support.instructblip import save_instructblip, save_instructblipvideo
 
 DEMO = Path(samples.__file__).parents[1]
 QUESTION = {"image": "a.png", "prompt": "what?", "answers": ["A cat"]}

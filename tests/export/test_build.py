@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from blipstream.cli import app
 from blipstream.contract import MODEL_NAMES
 from blipstream.manifest import BUNDLE_REVISION, MANIFEST_FILE, PARITY_FILE, Manifest
-from tests.checkpoints import save_blip2
+from tests.support.checkpoints import save_blip2
 
 COMMAND = [sys.executable, "-c", "from blipstream.cli import app; app()", "build"]
 GRAPHS = {"vision_encoder/1/model.onnx", "qformer/1/model.onnx", "blip2/1/decoder.onnx"}

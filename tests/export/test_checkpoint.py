@@ -15,9 +15,9 @@ from blipstream_export.tokenizer import check_tokenizer, tokenizer_notes
 
 from blipstream.errors import BundleError, CheckpointError, UnsupportedCheckpointError
 from blipstream.manifest import DecoderSection
-from tests.checkpoints import TinySizes, make_blip2_opt, make_images, make_processor, save_blip2, save_blip2_opt
 from tests.export.damage import edit, put, weights
-from tests.languages import opt_tokenizer
+from tests.support.checkpoints import TinySizes, make_blip2_opt, make_images, make_processor, save_blip2, save_blip2_opt
+from tests.support.languages import opt_tokenizer
 
 
 @pytest.mark.parametrize(

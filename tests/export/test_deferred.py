@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blipstream.errors import CheckpointError
-from tests.checkpoints import make_images, save_blip2_opt
+from tests.support.checkpoints import make_images, save_blip2_opt
 
 
 class Source:

@@ -39,8 +39,8 @@ from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, Sampli
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import CachedDecoder, create_engine
 from blipstream.manifest import DecoderSection
-from tests.checkpoints import PROMPTS, TinySizes, make_blip2_opt, make_images, make_processor
-from tests.languages import OPT_VARIANTS, opt_tokenizer
+from tests.support.checkpoints import PROMPTS, TinySizes, make_blip2_opt, make_images, make_processor
+from tests.support.languages import OPT_VARIANTS, opt_tokenizer
 
 NEW_TOKENS = 14
 ROWS = 4

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from blipstream.engines import create_engine
 from blipstream.manifest import Precision
-from tests.checkpoints import save_blip2_opt
+from tests.support.checkpoints import save_blip2_opt
 
 HALF = torch.float16
 MATRIX = torch.tensor([[1.0, 0.1], [-3.0, 2e-3]])

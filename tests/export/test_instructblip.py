@@ -28,9 +28,9 @@ from blipstream.contract import (
 from blipstream.engines import create_engine
 from blipstream.errors import BundleError, CheckpointError, UnsupportedCheckpointError
 from blipstream.instructions import InstructionEncoder, instruction_inputs, pad_instructions
-from tests.checkpoints import TinySizes
 from tests.export.damage import Fault, cut, edit, put, remove
-from tests.instructblip import (
+from tests.support.checkpoints import TinySizes
+from tests.support.instructblip import (
     QFORMER_POSITIONS,
     QFORMER_VOCAB_SIZE,
     make_instructblip,
@@ -39,7 +39,7 @@ from tests.instructblip import (
     save_instructblip,
     save_instructblipvideo,
 )
-from tests.languages import opt_tokenizer
+from tests.support.languages import opt_tokenizer
 
 TEXTS = ("", "What colour is the dog?", "ünïcode 北京", "a  b\nc")
 

@@ -23,7 +23,6 @@ from blipstream.engines import create_engine
 from blipstream.engines.decoder import pack_prompts, prefill_inputs
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
 from blipstream.manifest import DecoderSection, Precision
-from tests.deferring import defer_parameters
 from tests.export.language_models import (
     CAPACITY,
     CASES,
@@ -38,7 +37,8 @@ from tests.export.language_models import (
     make_prompts,
     module_of,
 )
-from tests.languages import LANGUAGES, LLAMA_VARIANTS, T5_VARIANTS
+from tests.support.deferring import defer_parameters
+from tests.support.languages import LANGUAGES, LLAMA_VARIANTS, T5_VARIANTS
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,8 @@ from blipstream_export.units import GIB, format_bytes
 from torch import nn
 
 from blipstream.errors import BundleError
-from tests.checkpoints import make_blip2
-from tests.deferring import defer_parameters
+from tests.support.checkpoints import make_blip2
+from tests.support.deferring import defer_parameters
 
 
 def estimate(model: nn.Module, precision: str = "fp32", memory: int = 1 << 40) -> Needs:

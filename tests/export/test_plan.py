@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from blipstream.cli import app
 from blipstream.planning.stages import StageTimes
-from tests.instructblip import save_instructblip
+from tests.support.instructblip import save_instructblip
 
 runner = CliRunner()
 

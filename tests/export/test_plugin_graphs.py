@@ -22,8 +22,8 @@ from blipstream_kernels.plan import Plan, Problem, choose, config_of
 from blipstream.contract import IMAGE_EMBEDS, INSTRUCTION, SOFT_TOKENS
 from blipstream.engines import create_engine
 from blipstream.errors import EngineError
-from tests.checkpoints import TinySizes, make_blip2_opt
-from tests.instructblip import make_instructblip
+from tests.support.checkpoints import TinySizes, make_blip2_opt
+from tests.support.instructblip import make_instructblip
 
 TOKENS = 400  # several blocks of the kernels
 CONFIG = config_of("absorbed", "fp16")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blipstream.contract import DECODER_IO
 from blipstream.engines import create_engine
 from blipstream.manifest import Precision
-from tests.deferring import defer_parameters
+from tests.support.deferring import defer_parameters
 
 Floats = npt.NDArray[np.float32]
 

@@ -11,7 +11,7 @@ from blipstream_export.build import BuildResult
 from benchmarks.fullsize import stages
 from benchmarks.fullsize.__main__ import main
 from benchmarks.sizes import model_sizes
-from tests.checkpoints import make_blip2_opt
+from tests.support.checkpoints import make_blip2_opt
 
 
 def test_every_stage_is_timed_in_every_round(

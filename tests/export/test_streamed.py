@@ -16,7 +16,7 @@ from blipstream_export.reference import BRIEF, compute_reference
 from blipstream_export.shards import deferred_tensors
 
 from blipstream.manifest import PARITY_FILE
-from tests.checkpoints import save_blip2
+from tests.support.checkpoints import save_blip2
 
 NOISE = dict.fromkeys(("cosine", "relative_error", "max_difference"))
 """Figures that are rounding alone."""

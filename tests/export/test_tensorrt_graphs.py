@@ -24,8 +24,8 @@ from blipstream.contract import DECODER_FILE, DECODER_IO, PIXEL_VALUES, SOFT_TOK
 from blipstream.engines import RowDecoder, create_engine, load_decoder
 from blipstream.errors import CheckpointError, EngineError
 from blipstream.manifest import DecoderSection
-from tests.checkpoints import make_blip2_opt
 from tests.export.language_models import CAPACITY, CASES, VARIANTS, decode_along, make_model, module_of
+from tests.support.checkpoints import make_blip2_opt
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -132,7 +132,7 @@ def test_half_precision_graphs_compute_in_half_precision(language: str, precisio
 @pytest.mark.parametrize("instructed", [False, True])
 @pytest.mark.parametrize("precision", HALVES)
 def test_half_precision_image_graphs(precision: str, instructed: bool, tmp_path: Path) -> None:
-    from tests.instructblip import make_instructblip
+    from tests.support.instructblip import make_instructblip
 
     model = make_instructblip("opt", seed=1) if instructed else make_blip2_opt()
     wrapper = InstructionQFormer(model) if instructed else QFormer(model)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from blipstream.decoding.request import Prompt
 from blipstream.engines.decoder import prefill_inputs
-from tests.checkpoints import TinySizes, make_blip2_opt
-from tests.instructblip import make_instructblip
-from tests.languages import OPT_VARIANTS
+from tests.support.checkpoints import TinySizes, make_blip2_opt
+from tests.support.instructblip import make_instructblip
+from tests.support.languages import OPT_VARIANTS
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:

@@ -18,10 +18,10 @@ from blipstream_export.plans.profiles import ServedShapes
 from blipstream.engines import RowDecoder, create_engine, load_decoder
 from blipstream.manifest import EngineName, Manifest
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import PROMPTS, TinySizes, make_images, save_blip2
 from tests.export.language_models import CAPACITY, decode_along, make_model, module_of
-from tests.instructblip import save_instructblip
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
+from tests.support.checkpoints import PROMPTS, TinySizes, make_images, save_blip2
+from tests.support.instructblip import save_instructblip
 
 pytestmark = pytest.mark.gpu
 

@@ -22,10 +22,10 @@ from blipstream.engines import open_engine
 from blipstream.engines.platform import check_platform
 from blipstream.errors import BundleError, EngineError
 from blipstream.manifest import Manifest, PlanSection
-from tests.checkpoints import TinySizes, save_blip2_opt
 from tests.export.language_models import CAPACITY, make_model, module_of
-from tests.instructblip import save_instructblip
 from tests.simulated import simulated_gpu
+from tests.support.checkpoints import TinySizes, save_blip2_opt
+from tests.support.instructblip import save_instructblip
 
 text_format = pytest.importorskip("google.protobuf.text_format")
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")

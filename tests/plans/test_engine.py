@@ -17,8 +17,8 @@ from blipstream.decoding.logits import reduced
 from blipstream.engines import Engine, RowDecoder, create_engine, load_decoder
 from blipstream.errors import EngineError
 from blipstream.manifest import DecoderSection
-from tests.checkpoints import make_blip2_opt
 from tests.export.language_models import CAPACITY, decode_along, make_model, make_prompts, module_of
+from tests.support.checkpoints import make_blip2_opt
 
 NUM_QUERIES = 4
 MAX_SEQUENCES = 3

@@ -14,8 +14,8 @@ from blipstream_export.graphs import export_graph
 from blipstream.engines import create_engine, load_decoder, onnxruntime
 from blipstream.errors import EngineError
 from blipstream.manifest import DecoderSection
-from tests.checkpoints import save_blip2_opt
 from tests.export.language_models import CAPACITY, decode_along, make_model, module_of
+from tests.support.checkpoints import save_blip2_opt
 
 NAME = "onnxruntime-cuda"
 

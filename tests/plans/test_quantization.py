@@ -32,8 +32,8 @@ from torch import nn
 from blipstream.contract import DECODER_FILE, DECODER_IO, ENCODER_FILE, IMAGE_EMBEDS, PIXEL_VALUES
 from blipstream.engines import create_engine
 from blipstream.errors import EngineError
-from tests.checkpoints import make_blip2_opt, save_blip2_opt
 from tests.export.language_models import CAPACITY, expected_logits, make_model, make_prompts, module_of
+from tests.support.checkpoints import make_blip2_opt, save_blip2_opt
 
 needs_modelopt = pytest.mark.skipif(
     importlib.util.find_spec("modelopt") is None,

@@ -9,9 +9,9 @@ import pytest
 
 from blipstream.config import ServerConfig
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import make_images, save_blip2_opt
 from tests.server.wire import png
 from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.checkpoints import make_images, save_blip2_opt
 from tests.support.servers import Serving, served
 
 SLOTS = 3

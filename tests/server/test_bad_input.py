@@ -14,9 +14,9 @@ import tritonclient.grpc as triton
 from PIL import Image
 
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import TinySizes, make_images
 from tests.server.conftest import ROW_TOKENS
 from tests.server.wire import Reply, Stream, ask, ask_unary, generate, infer_inputs, png, refusal
+from tests.support.checkpoints import TinySizes, make_images
 from tests.support.servers import Serving
 
 pytestmark = pytest.mark.server

@@ -10,8 +10,8 @@ import pytest
 import tritonclient.grpc as triton
 
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import TinySizes, make_images
 from tests.server.wire import ask, generate, metric, metrics, png, runs, settled, wait_until
+from tests.support.checkpoints import TinySizes, make_images
 
 pytestmark = pytest.mark.server
 

@@ -12,9 +12,9 @@ from blipstream_demo import evaluation, scenes
 from PIL import Image
 
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import PROMPTS, make_images, save_blip2
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
 from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.checkpoints import PROMPTS, make_images, save_blip2
 from tests.support.servers import START_S, Serving, served
 
 pytestmark = [

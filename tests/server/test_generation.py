@@ -65,7 +65,7 @@ def test_plain_captioning_is_the_checkpoints_own(server: TritonServer, checkpoin
     import torch
     from transformers import Blip2ForConditionalGeneration
 
-    from tests.checkpoints import make_images
+    from tests.support.checkpoints import make_images
 
     model = Blip2ForConditionalGeneration.from_pretrained(checkpoint).eval()
     transform = ImageTransform(Manifest.load(bundle).image)

@@ -12,11 +12,11 @@ import tritonclient.grpc as triton
 from blipstream_export.build import BuildOptions
 
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import TinySizes, make_images
-from tests.instructblip import QFORMER_POSITIONS, save_instructblip
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
 from tests.server.wire import ask, metric, png, refusal, runs, settled, wait_until
 from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.checkpoints import TinySizes, make_images
+from tests.support.instructblip import QFORMER_POSITIONS, save_instructblip
 from tests.support.servers import Serving, served
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

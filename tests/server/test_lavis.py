@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from blipstream.cli import app
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import PROMPTS, make_images
-from tests.lavis_parts import PartSizes, SavedParts, VitName, save_parts, true_sizes
-from tests.lavis_reference import LavisReference
 from tests.server.faithful import Ask, ask_concurrently, assert_equal
+from tests.support.checkpoints import PROMPTS, make_images
+from tests.support.lavis_parts import PartSizes, SavedParts, VitName, save_parts, true_sizes
+from tests.support.lavis_reference import LavisReference
 from tests.support.servers import START_S
 
 pytestmark = [

@@ -16,10 +16,10 @@ from blipstream.manifest import Manifest
 from blipstream.repository import write_models
 from blipstream.triton import folder as server_folder
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import PROMPTS, make_images, save_blip2
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
 from tests.simulated import FOLDER
 from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.checkpoints import PROMPTS, make_images, save_blip2
 from tests.support.servers import START_S, Serving, served
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

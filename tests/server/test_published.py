@@ -9,10 +9,10 @@ import pytest
 from blipstream_export.build import build
 
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import PROMPTS, make_images
-from tests.published import PUBLISHED
 from tests.server import videos
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
+from tests.support.checkpoints import PROMPTS, make_images
+from tests.support.published import PUBLISHED
 
 pytestmark = [
     pytest.mark.server,

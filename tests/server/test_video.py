@@ -9,11 +9,11 @@ import pytest
 from blipstream_export.build import BuildOptions
 
 from blipstream.triton.server import TritonServer
-from tests.checkpoints import make_images
-from tests.instructblip import save_instructblipvideo
 from tests.server.videos import Reference, ask_concurrently, mixed_asks
 from tests.server.wire import ask, png, refusal, runs
 from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.checkpoints import make_images
+from tests.support.instructblip import save_instructblipvideo
 from tests.support.servers import Serving, served
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

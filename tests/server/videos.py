@@ -10,9 +10,9 @@ from typing import Any
 from blipstream_client import Client
 from PIL import Image
 
-from tests.checkpoints import make_images
 from tests.server.faithful import CLIENTS
 from tests.server.wire import PATIENCE_S
+from tests.support.checkpoints import make_images
 
 TEXTS = ("", "what happens?", "Describe the video, please", "a")
 Ask = tuple[list[Image.Image], str]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lavis_parts import SavedParts, VitName, save_parts
+from tests.support.lavis_parts import SavedParts, VitName, save_parts
 
 
 @pytest.fixture(scope="session", params=["eva", "clip"])

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from blipstream.contract import GRAPH_FILE, IMAGE_EMBEDS, PIXEL_VALUES
 from blipstream.engines import create_engine
-from tests.checkpoints import PROMPTS, make_images
-from tests.lavis_parts import (
+from tests.server.faithful import Ask
+from tests.support.checkpoints import PROMPTS, make_images
+from tests.support.lavis_parts import (
     HEAD_DIMS,
     PartSizes,
     SavedParts,
@@ -32,8 +33,7 @@ from tests.lavis_parts import (
     save_language_model,
     save_parts,
 )
-from tests.lavis_reference import LavisReference
-from tests.server.faithful import Ask
+from tests.support.lavis_reference import LavisReference
 
 # transformers' remark on its own default of 20 new tokens
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")

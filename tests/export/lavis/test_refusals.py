@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from blipstream.cli import app
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
-from tests.lavis_parts import PartSizes, SavedParts, VitName, make_trained, make_vit, rewrite, save_parts
+from tests.support.lavis_parts import PartSizes, SavedParts, VitName, make_trained, make_vit, rewrite, save_parts
 
 Change = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 Fault = Callable[[SavedParts], Any]

@@ -13,7 +13,7 @@ from blipstream.decoding.request import Prompt
 from blipstream.engines import CachedDecoder, EncoderDecoder, Engine, create_engine, load_decoder
 from blipstream.errors import EngineError
 from blipstream.manifest import DecoderSection
-from tests.checkpoints import make_blip2
+from tests.support.checkpoints import make_blip2
 from tests.unit.engines.graphs import SIZES, TinyDecoder
 
 torch = pytest.importorskip("torch")

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tests.checkpoints import draw
-from tests.instructblip import QFORMER_POSITIONS, QFORMER_VOCAB_SIZE, make_qformer_tokenizer
-from tests.languages import LANGUAGES
+from tests.support.checkpoints import draw
+from tests.support.instructblip import QFORMER_POSITIONS, QFORMER_VOCAB_SIZE, make_qformer_tokenizer
+from tests.support.languages import LANGUAGES
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ from benchmarks.gpu.environment import Environment, parse_smi
 from benchmarks.gpu.parts import NO_GPU, Part, Plan, make_parts, reason_to_skip
 from benchmarks.gpu.rows import CAPTION, STEP, read_rows
 from benchmarks.gpu.runner import Outcome, run_part
-from tests.unit.gpu_report.machines import DATA_CENTRE, NOTHING
+from tests.benchmarks.gpu_report.machines import DATA_CENTRE, NOTHING
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -1,4 +1,4 @@
-"""Small language models of each kind for :mod:`tests.checkpoints`: tokenizers, sizes, variants.
+"""Small language models of each kind for :mod:`tests.support.checkpoints`: tokenizers, sizes, variants.
 
 Each tokenizer is in the manner of the kind's own: what it puts around a text, how it marks spaces, what it does with
 characters that it does not know.

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.lavis_parts import SavedParts
+from tests.support.lavis_parts import SavedParts
 
 Tensors = Mapping[str, Tensor]
 

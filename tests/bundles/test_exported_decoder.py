@@ -22,8 +22,8 @@ from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, Sampli
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import create_engine, load_decoder
 from blipstream.manifest import Manifest
-from tests.checkpoints import PROMPTS, make_images, save_blip2
 from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.checkpoints import PROMPTS, make_images, save_blip2
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -18,7 +18,7 @@ from benchmarks.gpu.rows import CAPTION, QFORMER, STEP, VISION, Row, read_rows, 
 from benchmarks.gpu.runner import Outcome
 from benchmarks.gpu.timing import LEAST, measure, rate
 from benchmarks.sizes import ModelSizes, StageWeights
-from tests.unit.gpu_report.machines import NOTHING
+from tests.benchmarks.gpu_report.machines import NOTHING
 
 
 def timed(system: str, what: str, batch: int, p50: float) -> Row:

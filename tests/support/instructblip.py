@@ -1,4 +1,4 @@
-"""Random tiny InstructBLIP checkpoints, in the manner of :mod:`tests.checkpoints`."""
+"""Random tiny InstructBLIP checkpoints, in the manner of :mod:`tests.support.checkpoints`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.checkpoints import TinySizes, draw_weights, qformer_config, vision_config
-from tests.languages import CORPUS, LANGUAGES
+from tests.support.checkpoints import TinySizes, draw_weights, qformer_config, vision_config
+from tests.support.languages import CORPUS, LANGUAGES
 
 if TYPE_CHECKING:
     from transformers import (

@@ -1,7 +1,7 @@
 """The published models' true layer shapes, at a depth of one layer each (the Q-Former's two), with random weights.
 
 Shapes are those of the configurations of Salesforce/blip2-* and Salesforce/instructblip-* on the Hugging Face hub.
-Tokenizers are the small ones of :mod:`tests.languages`; the language models' vocabularies have their true size.
+Tokenizers are the small ones of :mod:`tests.support.languages`; the language models' vocabularies have their true size.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints import TinySizes, save_blip2
-from tests.instructblip import save_instructblip, save_instructblipvideo
+from tests.support.checkpoints import TinySizes, save_blip2
+from tests.support.instructblip import save_instructblip, save_instructblipvideo
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from benchmarks.compare.systems import SYSTEMS
 from benchmarks.compare.tasks import Task, make_tasks, tokens_of
 from benchmarks.likeness import likeness
 
-ECHO = [sys.executable, "-m", "tests.unit.compare.echo"]
+ECHO = [sys.executable, "-m", "tests.benchmarks.compare.echo"]
 
 
 @pytest.fixture
