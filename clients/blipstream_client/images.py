@@ -42,10 +42,11 @@ def image_files(images: Images) -> list[bytes]:
 def image_bytes(image: ImageSource) -> bytes:
     """The bytes of an encoded image file. What they hold is for the server to judge.
 
-    A Pillow image is sent as PNG, so no pixel changes; its EXIF orientation goes with it.
+    A Pillow image is sent as PNG, turned upright as its EXIF orientation says, so no pixel changes.
 
     Raises:
-        InvalidImageError: a file that cannot be read, a file in text mode, or an image without bytes.
+        InvalidImageError: a file that cannot be read, a file in text mode, an image without bytes, or a Pillow
+            image that cannot be loaded or written.
         TypeError: none of the kinds in :data:`ImageSource`.
     """
     data = _read(image)
@@ -93,9 +94,15 @@ def _is_pillow(image: object) -> bool:
 
 
 def _encode_png(image: Image) -> bytes:
-    exif = image.getexif()
-    if image.mode not in _PNG_MODES:
-        image = image.convert(_WITH_ALPHA.get(image.mode, "RGB"))
+    from blipstream.orientation import upright
+
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1, exif=exif)
+    try:
+        image.load()
+        shown = upright(image)
+        if shown.mode not in _PNG_MODES:
+            shown = shown.convert(_WITH_ALPHA.get(shown.mode, "RGB"))
+        shown.save(buffer, "PNG", compress_level=1, exif=b"", icc_profile=None)
+    except Exception as error:  # Pillow's decoders and encoders raise nearly every built-in exception
+        raise InvalidImageError(f"the Pillow image cannot be sent as PNG: {error or type(error).__name__}") from error
     return buffer.getvalue()

@@ -43,7 +43,9 @@ class ServerConfig:
     max_image_bytes: int = 64 << 20
     """Bytes of an encoded image at most."""
     max_image_pixels: int = 64_000_000
-    """Pixels of an image at most, known from its header before it is decoded."""
+    """Pixels of an image at most, known from its header; a JPEG file of up to four times as many is decoded reduced."""
+    max_image_seconds: float = 10.0
+    """CPU seconds that decoding an image may take."""
     jpeg_oversampling: int = 0
     """Large JPEG files are decoded at a reduced size, so many times that of the model's image at least; 0: whole."""
     max_text_bytes: int = 64 << 10
@@ -80,7 +82,14 @@ class ServerConfig:
         return cls(**values)  # type: ignore[arg-type]  # the types are those of the defaults
 
 
-_LOWEST = {"queue_size": 1, "prefill_budget": 1, "max_image_bytes": 1, "max_image_pixels": 1, "max_text_bytes": 1}
+_LOWEST = {
+    "queue_size": 1,
+    "prefill_budget": 1,
+    "max_image_bytes": 1,
+    "max_image_pixels": 1,
+    "max_image_seconds": 0.01,
+    "max_text_bytes": 1,
+}
 
 
 def _number(name: str, text: str, kind: type) -> int | float:

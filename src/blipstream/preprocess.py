@@ -14,62 +14,32 @@ One thing differs on purpose: 16-bit greyscale is scaled to 8 bits, where Pillow
 
 from __future__ import annotations
 
-import base64
-import binascii
+import functools
 import io
+import math
 import re
-import urllib.parse
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from blipstream.errors import InvalidImageError
+from blipstream.image_files import DEFAULT_LIMITS, ImageLimits, kind_of, one_line, resolve_image
 from blipstream.manifest import ImageSection
+from blipstream.orientation import upright
 
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 """Formats that are decoded, by Pillow's names. Others are refused: some start other programs (EPS), most are obscure,
 and each is a parser that a hostile file could attack."""
 
-_MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"\x89PNG", "PNG"),
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"BM", "BMP"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"\0\0\0\x0cjP  ", "JPEG2000"),
-    (b"\xff\x4f\xff\x51", "JPEG2000"),
-    (b"\0\0\1\0", "ICO"),
-    (b"qoif", "QOI"),
-    (b"\xff\x0a", "JPEG XL image"),
-    (b"\0\0\0\x0cJXL ", "JPEG XL image"),
-    (b"8BPS", "Photoshop file"),
-    (b"%!PS", "PostScript file"),
-    (b"%PDF", "PDF file"),
-    (b"PK\x03\x04", "ZIP archive"),
-    (b"\x1f\x8b", "gzip file"),
-    (b"\x1a\x45\xdf\xa3", "Matroska or WebM video"),
-    (b"http://", "URL; the image itself must be sent"),
-    (b"https://", "URL; the image itself must be sent"),
-    (b"<svg", "SVG drawing"),
-    (b"<", "HTML or XML file"),
-    (b"{", "JSON text"),
-)
-"""What the first bytes of a file say that it is, for error messages: a name of ``FORMATS``, or anything else. The first
-match counts."""
-
-_BASE64_HEADS = (b"/9j/", b"iVBORw0KGgo", b"R0lGOD", b"UklGR", b"Qk", b"SUkq", b"TU0AK", b"AAAA")
-"""How base64 text of the usual image formats begins."""
-
-_NOT_BASE64 = re.compile(rb"[^A-Za-z0-9+/=]")
-_URL_SAFE = bytes.maketrans(b"-_", b"+/")
-_PNM_HEAD = re.compile(rb"P[1-7fFy]\s")
 _COUNT_OF_PIXELS = re.compile(r"\((\d+) pixels\)")
 """In Pillow's own message about a decompression bomb."""
+
+_REDUCIBLE = 4
+"""A JPEG file may have so many times the limit of pixels: those that are decoded keep the limit."""
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -79,41 +49,13 @@ _RESAMPLE = {
 }
 
 
-@dataclass(frozen=True)
-class ImageLimits:
-    """What an image may cost before it is refused."""
-
-    max_bytes: int = 64 << 20
-    """Bytes of the encoded file."""
-    max_pixels: int = 64_000_000
-    """Width times height, read from the file's header before anything is decoded."""
+class CostlyImageError(Exception):
+    """Decoding the image takes more pixels than the caller wants to decode at once; the image may be sound."""
 
 
-DEFAULT_LIMITS = ImageLimits()
-
-
-def resolve_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """Return the bytes of an image file, given them or their text: base64 or a ``data:`` URL.
-
-    The file itself is not looked into, so what comes back need not be an image.
-
-    Raises:
-        InvalidImageError: nothing was given, the text is not valid base64, or the file is larger than the limit.
-    """
-    if len(data) > 2 * limits.max_bytes:  # base64 needs 4 bytes for 3: no text of an image within the limit is longer
-        raise _too_many_bytes(len(data), limits)
-    if data[:5].lower() == b"data:":
-        data = _from_data_url(data)
-    elif _is_base64(data):
-        data = _from_base64(data, "the image was taken for base64 text, but")
-    if len(data) > limits.max_bytes:
-        raise _too_many_bytes(len(data), limits)
-    if not data:
-        raise InvalidImageError("the image is empty: an encoded image file was expected, but zero bytes were given")
-    return data
-
-
-def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, reduced_to: int = 0) -> Image.Image:
+def decode_image(
+    data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, reduced_to: int = 0, costly_pixels: float = math.inf
+) -> Image.Image:
     """Decode an image file, or base64 or a ``data:`` URL of one, into an upright RGB image.
 
     With ``reduced_to``, a JPEG file may come at a half, a quarter or an eighth of its size, both sides of which have as
@@ -122,25 +64,15 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS, *, reduced_t
 
     Raises:
         InvalidImageError: not an image, of an unsupported kind, truncated or damaged, or over a limit.
+        CostlyImageError: nothing was decoded, because more than ``costly_pixels`` would have been.
     """
-    data = resolve_image(data, limits)
-    try:
-        image = Image.open(io.BytesIO(data), formats=_known_formats())
-        _check_pixels(image.size, limits)
-        if reduced_to:
-            image.draft(None, (reduced_to, reduced_to))  # does nothing to other formats
+    file = resolve_image(data, limits)
+    with _faults_named(file, limits):
+        image = _open(file, limits, reduced_to)
+        if math.prod(image.size) > costly_pixels:
+            raise CostlyImageError
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
-    except InvalidImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        count = _COUNT_OF_PIXELS.search(str(error))
-        raise _too_many_pixels(count[1] if count else "too many", limits) from error
-    except UnidentifiedImageError:
-        raise _unknown_kind(data) from None
-    except Exception as error:  # on hostile files Pillow's decoders raise nearly every built-in exception
-        raise _damaged(data, error) from error
+        return upright(to_rgb(image), image)
 
 
 def limit_pillow(limits: ImageLimits) -> None:
@@ -190,7 +122,14 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> npt.NDArray[np.float32]:
         """Resize and normalise an RGB image; return (3, S, S) float32."""
-        pixels = np.asarray(image.resize(self._size, self._resample))  # (S, S, 3) uint8
+        return self.normalise(self.resize(image))
+
+    def resize(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Resize an RGB image; return (S, S, 3) uint8."""
+        return np.asarray(image.resize(self._size, self._resample))
+
+    def normalise(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Normalise pixels (S, S, 3) of :meth:`resize`; return (3, S, S) float32."""
         return np.stack([table[pixels[:, :, channel]] for channel, table in enumerate(self._levels)])
 
     def decode(self, data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> npt.NDArray[np.float32]:
@@ -199,53 +138,71 @@ class ImageTransform:
         Raises:
             InvalidImageError: as :func:`decode_image`.
         """
-        return self(decode_image(data, limits, reduced_to=self._reduced_to))
+        return self.normalise(self.decode_resized(data, limits))
+
+    def decode_resized(
+        self, data: bytes, limits: ImageLimits, costly_pixels: float = math.inf
+    ) -> npt.NDArray[np.uint8]:
+        """Decode an image file (:func:`decode_image`) and resize it; return (S, S, 3) uint8.
+
+        Raises:
+            InvalidImageError: as :func:`decode_image`.
+            CostlyImageError: as :func:`decode_image`.
+        """
+        return self.resize(decode_image(data, limits, reduced_to=self._reduced_to, costly_pixels=costly_pixels))
 
 
-def _is_base64(data: bytes) -> bool:
-    """Whether the bytes are meant as base64 text: they begin like an image in base64, or hold nothing else."""
-    if data.startswith(_BASE64_HEADS):
-        return True
-    if _PNM_HEAD.match(data):  # the one image format that may consist of letters and digits alone
-        return False
-    return _NOT_BASE64.search(_plain(data[:256])) is None and _NOT_BASE64.search(_plain(data)) is None
-
-
-def _plain(text: bytes) -> bytes:
-    """Base64 text in the standard alphabet, without line breaks."""
-    return b"".join(text.split()).translate(_URL_SAFE)
-
-
-def _from_base64(text: bytes, subject: str) -> bytes:
-    plain = _plain(text)
-    fault = _NOT_BASE64.search(plain)
-    if fault:
-        raise InvalidImageError(f"{subject} it holds {fault.group()!r}, which is no character of base64")
-    try:
-        return base64.b64decode(plain.rstrip(b"=") + b"=" * (-len(plain.rstrip(b"=")) % 4), validate=True)
-    except binascii.Error as error:
-        raise InvalidImageError(f"{subject} it is not valid base64: {_sentence(error)}") from None
-
-
-def _from_data_url(url: bytes) -> bytes:
-    head, comma, body = url.partition(b",")
-    if not comma:
-        raise InvalidImageError("the image is a data: URL without a comma, after which its contents were expected")
-    body = urllib.parse.unquote_to_bytes(body)
-    if head.rstrip().lower().endswith(b";base64"):
-        body = _from_base64(body, "the image is a data: URL of base64, but")
-    return body
-
-
-def _known_formats() -> list[str]:
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """The formats that this installation reads, by Pillow's names: AVIF and HEIF depend on it."""
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]  # AVIF depends on how Pillow was built
+    try:
+        import pillow_heif
+    except ImportError:
+        pass
+    else:
+        pillow_heif.register_heif_opener(thumbnails=False)
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
-    width, height = size
-    if width * height > limits.max_pixels:
-        raise _too_many_pixels(f"{width} x {height} = {width * height}", limits)
+@contextmanager
+def _faults_named(file: bytes, limits: ImageLimits) -> Iterator[None]:
+    """Turn whatever Pillow raises about a file into an :class:`InvalidImageError`."""
+    try:
+        yield
+    except (InvalidImageError, CostlyImageError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        count = _COUNT_OF_PIXELS.search(str(error))
+        raise limits.too_many_pixels(count[1] if count else "too many") from error
+    except UnidentifiedImageError:
+        raise _unknown_kind(file) from None
+    except Exception as error:  # on hostile files Pillow's decoders raise nearly every built-in exception
+        raise _damaged(file, error) from error
+
+
+def _open(file: bytes, limits: ImageLimits, reduced_to: int) -> Image.Image:
+    """Read the header of a file, and have a JPEG decoded at a reduced size if it must be, or may be."""
+    if kind_of(file) == "JPEG":  # not by Image.open, which reads all pictures of a phone's file
+        image: Image.Image = JpegImagePlugin.JpegImageFile(io.BytesIO(file))
+        reducible = _REDUCIBLE
+    else:
+        image, reducible = Image.open(io.BytesIO(file), formats=readable_formats()), 1
+    (width, height), scale = image.size, 1
+    if width * height > reducible * limits.max_pixels:
+        raise limits.too_many_pixels(f"{width} x {height} = {width * height}")
+    while -(-width // scale) * -(-height // scale) > limits.max_pixels:
+        scale *= 2
+    if scale > 1 or reduced_to:  # draft does nothing to other formats
+        image.draft(None, (_reduced(width, scale, reduced_to), _reduced(height, scale, reduced_to)))
+    if math.prod(image.size) > limits.max_pixels:
+        raise limits.too_many_pixels(f"{width} x {height} = {width * height}")
+    return image
+
+
+def _reduced(side: int, scale: int, reduced_to: int) -> int:
+    """Pixels of a side that are wanted at least."""
+    return min(max(1, side // scale), reduced_to or side)
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
@@ -259,44 +216,27 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
 
 
-def _too_many_bytes(count: int, limits: ImageLimits) -> InvalidImageError:
-    return InvalidImageError(f"the image has {count} bytes, and at most {limits.max_bytes} are accepted")
-
-
-def _too_many_pixels(count: str, limits: ImageLimits) -> InvalidImageError:
-    return InvalidImageError(f"the image has {count} pixels, and at most {limits.max_pixels} are accepted")
-
-
-def _guess(data: bytes) -> str:
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    if data[4:8] == b"ftyp":
-        return {b"avif": "AVIF", b"heic": "HEIC image"}.get(data[8:12], "MP4 or QuickTime video")
-    if _PNM_HEAD.match(data):
-        return "PPM"
-    text = data[:64].lstrip().lower()
-    return next((kind for magic, kind in _MAGIC if data.startswith(magic) or text.startswith(magic)), "")
-
-
-def _unknown_kind(data: bytes) -> InvalidImageError:
-    kind = _guess(data)
-    if kind in _known_formats():
-        return _damaged(data, EOFError("its header is incomplete"))
+def _unknown_kind(file: bytes) -> InvalidImageError:
+    kind = kind_of(file)
+    name = {"HEIC": "HEIF"}.get(kind, kind)
+    readable = readable_formats()
+    if name in readable:
+        return _damaged(file, EOFError("its header is incomplete or damaged"))
+    if name in FORMATS:
+        needed = "`pip install 'blipstream[heic]'`" if kind == "HEIC" else "a Pillow that was built with it"
+        return InvalidImageError(
+            f"the image is a {kind} file, which this installation cannot read without {needed}: "
+            f"one of {', '.join(readable)} was expected"
+        )
     hint = f" (it looks like a {kind})" if kind else ""
     return InvalidImageError(
-        f"the image is in no known format{hint}: its {len(data)} bytes begin with {data[:12]!r}, "
-        f"and one of {', '.join(FORMATS)} was expected"
+        f"the image is in no known format{hint}: its {len(file)} bytes begin with {file[:12]!r}, "
+        f"and one of {', '.join(readable)} was expected"
     )
 
 
-def _damaged(data: bytes, error: Exception) -> InvalidImageError:
-    kind = _guess(data) or "picture"
+def _damaged(file: bytes, error: Exception) -> InvalidImageError:
     return InvalidImageError(
-        f"the image is truncated or damaged: a {kind} file of {len(data)} bytes could not be decoded "
-        f"({_sentence(error)})"
+        f"the image is truncated or damaged: a {kind_of(file) or 'picture'} file of {len(file)} bytes could not be "
+        f"decoded ({one_line(error)})"
     )
-
-
-def _sentence(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0].rstrip(".")
-    return text or type(error).__name__

@@ -49,7 +49,13 @@ class ModelOptions:
         int, typer.Option(help="Bytes of images' keys and values that the decoder keeps; 0 keeps none.")
     ] = _DEFAULTS.prefix_bytes
     max_image_bytes: Annotated[int, typer.Option(help="Bytes of an image at most.")] = _DEFAULTS.max_image_bytes
-    max_image_pixels: Annotated[int, typer.Option(help="Pixels of an image at most.")] = _DEFAULTS.max_image_pixels
+    max_image_pixels: Annotated[
+        int,
+        typer.Option(help="Pixels of an image at most; a JPEG file of up to 4 times as many is decoded reduced."),
+    ] = _DEFAULTS.max_image_pixels
+    max_image_seconds: Annotated[float, typer.Option(help="CPU seconds that decoding an image may take.")] = (
+        _DEFAULTS.max_image_seconds
+    )
     max_text_bytes: Annotated[
         int, typer.Option(help="Bytes of a prompt, and of all stop words or bad words together, at most.")
     ] = _DEFAULTS.max_text_bytes

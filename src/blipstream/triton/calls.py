@@ -7,6 +7,7 @@ used, so that tests and tools can import everything else.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,9 @@ from blipstream.errors import (
 from blipstream.triton.parameters import CALL_PARAMETER, timeout_seconds
 
 Array = npt.NDArray[Any]
+
+_CODED = re.compile(rf"\b({'|'.join(ERROR_CODES)}): ")
+_ERRORS = dict(zip(ERROR_CODES, (InvalidRequestError, ServerBusyError, EngineError), strict=True))
 
 
 @dataclass(frozen=True)
@@ -139,8 +143,7 @@ class TritonCall:
         """Send an error as the final response; its message begins with one of ``ERROR_CODES``."""
         import triton_python_backend_utils as pb_utils
 
-        coded = pb_utils.TritonError(f"{code_of(error)}: {message_of(error)}", _triton_code(error))
-        self.respond(pb_utils.InferenceResponse(output_tensors=[], error=coded), final=True)
+        self.respond(pb_utils.InferenceResponse(output_tensors=[], error=triton_error(error)), final=True)
 
     def respond(self, response: Any, *, final: bool) -> None:
         """Send a response of the Python backend; None ends the call without one."""
@@ -171,25 +174,22 @@ def message_of(error: BaseException) -> str:
 
 
 def triton_error(error: BaseException) -> Any:
-    """The error of the Python backend that a client sees for an exception."""
-    import triton_python_backend_utils as pb_utils
-
-    return pb_utils.TritonError(message_of(error), _triton_code(error))
-
-
-def forwarded_error(error: Any) -> Any:
-    """An error of ``blip2``, as a BLS call is told it, with the code that its message begins with.
+    """The error of the Python backend for an exception; its message begins with one of ``ERROR_CODES``.
 
     This version of Triton tells a BLS call the message of an error without its code.
     """
     import triton_python_backend_utils as pb_utils
 
+    code = code_of(error)
+    return pb_utils.TritonError(f"{code}: {message_of(error)}", _triton_codes()[code])
+
+
+def forwarded_error(error: Any) -> Any:
+    """An error of ``blip2``, as a BLS call is told it, with the code that its message begins with."""
+    import triton_python_backend_utils as pb_utils
+
     message = str(error.message())
     return pb_utils.TritonError(message, _triton_codes().get(message.partition(": ")[0], error.code()))
-
-
-def _triton_code(error: BaseException) -> Any:
-    return _triton_codes()[code_of(error)]
 
 
 def _triton_codes() -> dict[str, Any]:
@@ -200,11 +200,17 @@ def _triton_codes() -> dict[str, Any]:
     return dict(zip(ERROR_CODES, (error.INVALID_ARG, error.UNAVAILABLE, error.INTERNAL), strict=True))
 
 
+def error_of(message: str) -> BlipstreamError:
+    """The exception for a model's error; an ensemble puts words of its own before the message of a step."""
+    found = _CODED.search(message)
+    return EngineError(message) if found is None else _ERRORS[found[1]](message[found.end() :])
+
+
 def run_model(model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
     """Run another model of the server (BLS) and return the outputs by name; blocks until it has answered.
 
     Raises:
-        EngineError: the model answered with an error, whose code this version of Triton does not tell.
+        BlipstreamError: the one that the model answered with, of the kind that its code tells.
     """
     import triton_python_backend_utils as pb_utils
 
@@ -212,7 +218,7 @@ def run_model(model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -
     request = pb_utils.InferenceRequest(model_name=model, requested_output_names=list(outputs), inputs=tensors)
     response = request.exec()
     if response.has_error():
-        raise EngineError(str(response.error().message()))
+        raise error_of(str(response.error().message()))
     return {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs}
 
 

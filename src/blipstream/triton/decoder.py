@@ -13,7 +13,6 @@ from blipstream.decoding.text import Tokenizer
 from blipstream.engines import load_decoder
 from blipstream.errors import InvalidRequestError
 from blipstream.instructions import InstructionEncoder
-from blipstream.preprocess import ImageLimits, limit_pillow
 from blipstream.triton.calls import TritonCall
 from blipstream.triton.images import ImageModels
 from blipstream.triton.inputs import RequestParser
@@ -34,8 +33,6 @@ class DecoderModel:
         os.nice(config.decode_niceness)  # the engine's threads, which come next, have that of their creator
         tokenizer = Tokenizer.load(folder.path / TOKENIZER_FILE)
         self._decoder = load_decoder(manifest.decoder, folder.load_engine, config.prefix_bytes)
-        limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
-        limit_pillow(limits)
         capacity = manifest.decoder.max_sequences
 
         def make_loop(metrics: ServingMetrics) -> DecodeLoop:
@@ -52,7 +49,7 @@ class DecoderModel:
             RequestParser(manifest, config, InstructionEncoder.load(folder.path, manifest)),
             tokenizer,
             manifest.generation.empty_prompt_ids,
-            ImageModels(limits),
+            ImageModels(),
             make_loop,
             config,
             capacity,

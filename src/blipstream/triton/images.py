@@ -7,29 +7,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from blipstream.contract import IMAGE, IMAGE_EMBEDS, IMAGE_FEATURES, PIXEL_VALUES, QFORMER, SOFT_TOKENS, VISION_ENCODER
-from blipstream.errors import EngineError
 from blipstream.features import Features, ImageFeatures
 from blipstream.instructions import instruction_inputs
-from blipstream.preprocess import ImageLimits, decode_image
 from blipstream.triton.calls import Array, run_model
 from blipstream.triton.inputs import ImageSource
 
 
 class ImageModels:
-    """Preprocessing, ViT and Q-Former. Each method blocks until the models have answered; any thread may call it.
-
-    Args:
-        limits: on images, as ``preprocess`` knows them.
-    """
-
-    def __init__(self, limits: ImageLimits) -> None:
-        self._limits = limits
+    """Preprocessing, ViT and Q-Former. Each method blocks until the models have answered; any thread may call it."""
 
     def soft_tokens(self, image: ImageSource) -> Features:
         """Soft tokens (Q, D) of an image.
 
         Raises:
-            InvalidImageError: the image cannot be decoded.
+            InvalidRequestError: the image cannot be decoded.
+            ServerBusyError: too many costly images are being decoded.
             EngineError: a model failed.
         """
         return _own(self._read(image, {}, [SOFT_TOKENS.name])[SOFT_TOKENS.name])
@@ -38,7 +30,8 @@ class ImageModels:
         """Soft tokens (Q, D) of an image and an instruction, and the image's ``image_embeds`` (N, D_v).
 
         Raises:
-            InvalidImageError: the image cannot be decoded.
+            InvalidRequestError: the image cannot be decoded.
+            ServerBusyError: too many costly images are being decoded.
             EngineError: a model failed.
         """
         outputs = self._read(image, instruction_inputs(instruction), [SOFT_TOKENS.name, IMAGE_EMBEDS.name])
@@ -59,12 +52,8 @@ class ImageModels:
             return {**embeds, **run_model(QFORMER, {**embeds, **instruction}, [SOFT_TOKENS.name])}
         if image.file is None:
             raise ValueError("an image source holds a file or pixels")
-        try:
-            file = np.array([[image.file]], np.object_)
-            return run_model(IMAGE_FEATURES, {IMAGE.name: file, **instruction}, outputs)
-        except EngineError:
-            decode_image(image.file, self._limits)  # raises when, as preprocess found, the image is at fault
-            raise
+        file = np.array([[image.file]], np.object_)
+        return run_model(IMAGE_FEATURES, {IMAGE.name: file, **instruction}, outputs)
 
 
 def _own(batch: Array) -> Features:

@@ -17,9 +17,9 @@ import numpy.typing as npt
 from blipstream.config import ServerConfig
 from blipstream.decoding.request import SamplingParams
 from blipstream.errors import InvalidRequestError
+from blipstream.image_files import ImageLimits
 from blipstream.instructions import InstructionEncoder
 from blipstream.manifest import Manifest
-from blipstream.preprocess import ImageLimits, resolve_image
 from blipstream.triton.parameters import INPUT_NAMES, check_parameters, unknown_option
 
 Array = npt.NDArray[Any]
@@ -33,8 +33,9 @@ class ImageSource:
     """The image of a request: an encoded file, or pixels that the client preprocessed."""
 
     key: bytes
-    """SHA-256 of the contents; files and pixels never share one."""
+    """SHA-256 of what was sent; files and pixels never share one, nor do a file and its base64."""
     file: bytes | None = None
+    """As it was sent: ``preprocess`` decodes base64, because that costs time."""
     pixels: npt.NDArray[np.float32] | None = None
     """(3, S, S)"""
 
@@ -114,8 +115,13 @@ class RequestParser:
         if files.size != self._num_frames:
             expected = "one file" if self._num_frames == 1 else f"{self._num_frames} files, one for each frame"
             raise InvalidRequestError(f"image must hold {expected}, but it holds {files.size}")
-        resolved = [resolve_image(_as_bytes(file), self._limits) for file in files.flat]
-        return tuple(ImageSource(hashlib.sha256(b"file\0" + file).digest(), file=file) for file in resolved)
+        return tuple(self._file(_as_bytes(file)) for file in files.flat)
+
+    def _file(self, file: bytes) -> ImageSource:
+        self._limits.check_length(file)
+        key = hashlib.sha256(b"file\0")
+        key.update(file)
+        return ImageSource(key.digest(), file=file)
 
     def _pixels(self, pixels: Array) -> ImageSource:
         if self._num_frames != 1:

@@ -2,60 +2,66 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from blipstream.contract import IMAGE, PIXEL_VALUES
 from blipstream.errors import BlipstreamError, EngineError
-from blipstream.preprocess import ImageLimits, ImageTransform, limit_pillow
-from blipstream.triton.calls import triton_error
+from blipstream.image_files import ImageLimits
+from blipstream.preprocess import ImageTransform
+from blipstream.triton.calls import TritonCall
+from blipstream.triton.image_pool import ImagePool
 from blipstream.triton.model import ModelFolder
+
+_log = logging.getLogger(__name__)
+
+_THREADS = 64
+"""Requests that wait for their images at once."""
 
 
 class PreprocessModel:
-    """Decodes, resizes and normalises the images of a batch, several at a time.
+    """Decodes, resizes and normalises images, several at a time. Each request is answered as soon as it is done.
 
-    Pillow lets other threads run while it decodes and resizes. An image that cannot be decoded is an error of its own
-    request and of no other.
+    An image that cannot be decoded is an error of its own request and of no other.
     """
 
     def initialize(self, args: Mapping[str, str]) -> None:
         """Read the image section of the manifest, and the limits."""
         folder = ModelFolder(args)
-        self._transform = ImageTransform(folder.manifest.image, folder.config.jpeg_oversampling)
-        self._limits = ImageLimits(folder.config.max_image_bytes, folder.config.max_image_pixels)
-        limit_pillow(self._limits)
-        self._pool = ThreadPoolExecutor(folder.threads, "image-decoder")
+        config = folder.config
+        self._images = ImagePool(
+            ImageTransform(folder.manifest.image, config.jpeg_oversampling),
+            ImageLimits(config.max_image_bytes, config.max_image_pixels),
+            config.max_image_seconds,
+            folder.threads,
+        )
+        self._threads = ThreadPoolExecutor(_THREADS, "image")
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Transform the images of all requests; one response each, in their order."""
-        import triton_python_backend_utils as pb_utils
-
-        files = [list(pb_utils.get_input_tensor_by_name(request, IMAGE.name).as_numpy().flat) for request in requests]
-        pixels = iter(list(self._pool.map(self._decode, (file for group in files for file in group))))
-        return [self._response([next(pixels) for _ in group]) for group in files]
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Transform the images of all requests, which are answered by their response senders."""
+        for request in requests:
+            self._threads.submit(self._answer, TritonCall(request))
 
     def finalize(self) -> None:
-        """Stop the threads."""
-        self._pool.shutdown()
+        """End the processes; by now Triton has seen every request answered."""
+        self._threads.shutdown()
+        self._images.close()
 
-    def _decode(self, file: bytes) -> npt.NDArray[np.float32] | BlipstreamError:
-        try:
-            return self._transform.decode(file, self._limits)
-        except BlipstreamError as error:
-            return error
-        except Exception as error:  # a fault of this image must not touch the others of the batch
-            return EngineError(f"the image could not be transformed: {error!r}")
-
-    def _response(self, results: Sequence[npt.NDArray[np.float32] | BlipstreamError]) -> Any:
+    def _answer(self, call: TritonCall) -> None:
         import triton_python_backend_utils as pb_utils
 
-        faults = [result for result in results if isinstance(result, BlipstreamError)]
-        if faults:
-            return pb_utils.InferenceResponse(output_tensors=[], error=triton_error(faults[0]))
-        pixels = np.stack([result for result in results if not isinstance(result, BlipstreamError)])  # (b, 3, S, S)
-        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(PIXEL_VALUES.name, pixels)])
+        try:
+            files = call.inputs()[IMAGE.name].flat
+            pixels = np.stack([self._images.decode(file) for file in files])  # (B, 3, S, S)
+        except BlipstreamError as error:
+            call.fail(error)
+        except Exception as error:
+            _log.exception("an image could not be transformed")
+            call.fail(EngineError(f"the image could not be transformed: {error!r}"))
+        else:
+            response = pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(PIXEL_VALUES.name, pixels)])
+            call.respond(response, final=True)

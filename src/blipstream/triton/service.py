@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PARSING_THREADS = 2
-_FEATURE_THREADS = 32
+_FEATURE_THREADS = 64
 """Images whose features are computed at once: enough to fill the batches of each model that is involved."""
 
 _SHUTTING_DOWN = "the server is shutting down"

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from blipstream.contract import BLIP2, BLIP2_UNARY
+from blipstream.contract import BLIP2, BLIP2_UNARY, IMAGE
 from blipstream.errors import BlipstreamError, EngineError, InvalidRequestError, ServerBusyError
+from blipstream.image_files import ImageLimits
 from blipstream.triton.calls import Answer, TritonCall, forwarded_error
 from blipstream.triton.cancellation import CancellationWatch
 from blipstream.triton.model import ModelFolder
@@ -37,6 +38,7 @@ class UnaryModel:
         """Start to serve."""
         folder = ModelFolder(args)
         self._at_once = folder.config.queue_size + folder.manifest.decoder.max_sequences + _SPARE_THREADS
+        self._limits = ImageLimits(folder.config.max_image_bytes)
         self._free = threading.Semaphore(self._at_once)
         self._pool = ThreadPoolExecutor(self._at_once, "forwarded")
         self._watch = CancellationWatch[ForwardedCall](ForwardedCall.cancel)
@@ -62,7 +64,7 @@ class UnaryModel:
             if call.is_cancelled():
                 call.send(Answer("", "cancelled", num_input_tokens=0, num_output_tokens=0), final=True)
             else:
-                call.forward()
+                call.forward(self._limits)
         except BlipstreamError as error:
             call.fail(error)
         except Exception as error:
@@ -81,11 +83,11 @@ class ForwardedCall(TritonCall):
         self._forwarded_name = self.name or uuid.uuid4().hex
         self._output_names = list(request.requested_output_names())
 
-    def forward(self) -> None:
+    def forward(self, limits: ImageLimits) -> None:
         """Ask ``blip2``, wait, and pass its answer on.
 
         Raises:
-            InvalidRequestError: a parameter is unknown.
+            InvalidRequestError: a parameter is unknown, or an image too long to be passed on.
         """
         import triton_python_backend_utils as pb_utils
 
@@ -93,6 +95,10 @@ class ForwardedCall(TritonCall):
         if CANCEL_PARAMETER in self.parameters:
             raise InvalidRequestError(f"{CANCEL_PARAMETER} must be sent to {BLIP2}, but it was sent to {BLIP2_UNARY}")
         tensors = [tensor for tensor in self._request.inputs() if tensor.name() != "stream"]
+        for tensor in tensors:
+            if tensor.name() == IMAGE.name:
+                for file in tensor.as_numpy().flat:
+                    limits.check_length(file)
         responses = list(self._ask(tensors, {CALL_PARAMETER: self._forwarded_name}))
         error = forwarded_error(responses[0].error()) if responses[0].has_error() else None
         self.respond(pb_utils.InferenceResponse(responses[0].output_tensors(), error), final=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import io
 import struct
+import tracemalloc
 import warnings
 import zlib
 
@@ -15,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from blipstream import preprocess
 from blipstream.errors import InvalidImageError
-from blipstream.preprocess import FORMATS, ImageLimits, decode_image, limit_pillow, resolve_image
+from blipstream.image_files import ImageLimits, kind_of, resolve_image
+from blipstream.preprocess import FORMATS, decode_image, limit_pillow
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
 
@@ -49,13 +53,21 @@ def test_zero_bytes(data: bytes) -> None:
     ("data", "kind"),
     [
         (b"%PDF-1.7 ...", "PDF file"),
+        (b"\xef\xbb\xbf\n<!doctype html>", "HTML or XML file"),
+        (b"\n\xff\xd8\xff\xe0\0\x10JFIF", "picture after 1 other bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
+        (gzip.compress(b"any"), "gzip file"),
+        (b"s3://bucket/cat.jpg", "URL; the image itself must be sent"),
+        (b"[137, 80, 78, 71]", "JSON text"),
+        ("\xff\xd8\xff\xe0".encode(), "binary file that was read as text"),
+        (b"\x89PNG\r\n".decode(errors="replace").encode(), "binary file that was read as text"),
+        ("/9j/4AAQ".encode("utf-16"), "UTF-16 text"),
         (b"<!DOCTYPE html><html>", "HTML or XML file"),
         (b"\n <svg xmlns='...'/>", "SVG drawing"),
         (b"https://example.org/cat.jpg", "URL; the image itself must be sent"),
         (b'{"image": 1}', "JSON text"),
         (b"PK\x03\x04\x14\0\0\0", "ZIP archive"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0", "MP4 or QuickTime video"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript file"),
     ],
 )
@@ -68,6 +80,53 @@ def test_not_an_image_says_what_it_looks_like(data: bytes, kind: str) -> None:
 
 def test_other_bytes_are_quoted() -> None:
     assert r"its 5 bytes begin with b'\x00\x01\x02\x03\xff'" in refusal(b"\0\1\2\3\xff")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "is_path"),
+    [
+        (b"/tmp/photo", "/tmp/photo", True),
+        (b"photo.jpg", "photo.jpg", True),
+        (rb"C:\my pictures\cat.png", r"C:\\my pictures\\cat.png", True),
+        (b"../cat", "../cat", True),
+        (b"abcde", "abcde", False),
+        (b"not an image", "not an image", False),
+        (b"ab" * 40, "ab" * 30 + "...", False),
+    ],
+)
+def test_a_text_is_quoted_as_it_was_sent_and_a_path_named_as_such(text: bytes, shown: str, is_path: bool) -> None:
+    message = refusal(text)
+    assert f"the text '{shown}' was given, and an encoded image file, or base64 or a data: URL of one, was" in message
+    assert ("the server opens no files" in message) == is_path
+
+
+def media(main: bytes, *others: bytes) -> bytes:
+    """The first box of a file of the ISO base media format."""
+    return struct.pack(">I", 16 + 4 * len(others)) + b"ftyp" + main + bytes(4) + b"".join(others)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        *((media(brand), "HEIC") for brand in (b"heic", b"heix", b"hevc", b"hevx", b"mif1", b"msf1")),
+        *((media(brand), "AVIF") for brand in (b"avif", b"avis")),
+        (media(b"mif1", b"miaf", b"heic"), "HEIC"),
+        (media(b"mif1", b"miaf", b"avif"), "AVIF"),
+        (media(b"msf1", b"avis", b"iso8"), "AVIF"),
+        (media(b"crx "), "Canon raw image"),
+        (media(b"isom", b"mp42", b"avc1"), "MP4 or QuickTime video"),
+        (media(b"mp42") + b"heic", "MP4 or QuickTime video"),
+    ],
+)
+def test_brands(file: bytes, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kind_of(file) == kind
+    monkeypatch.setattr(preprocess, "readable_formats", lambda: ("JPEG", "PNG"))
+    message = refusal(file)
+    if kind in ("HEIC", "AVIF"):
+        assert message.startswith(f"the image is a {kind} file, which this installation cannot read without ")
+        assert message.endswith("one of JPEG, PNG was expected")
+    else:
+        assert f"looks like a {kind}" in message
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM"])
@@ -90,6 +149,30 @@ def test_pixel_limit_is_checked_before_decoding() -> None:
     assert "9000 x 9000 = 81000000 pixels, and at most 64000000 are accepted" in message
     assert "40 x" not in refusal(encoded(), ImageLimits(max_pixels=1_999))
     decode_image(encoded(), ImageLimits(max_pixels=2_000))
+    assert "`--max-image-pixels`" in message
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_a_jpeg_over_the_limit_of_pixels_is_decoded_reduced(options: dict[str, bool]) -> None:
+    buffer = io.BytesIO()
+    Image.effect_mandelbrot((400, 300), (-2, -1, 1, 1), 50).save(buffer, "JPEG", **options)
+    sizes = {120_000: (400, 300), 119_999: (200, 150), 30_000: (200, 150)}
+    for max_pixels, size in sizes.items():
+        assert decode_image(buffer.getvalue(), ImageLimits(max_pixels=max_pixels)).size == size
+    assert "400 x 300 = 120000 pixels, and at most 29999" in refusal(buffer.getvalue(), ImageLimits(max_pixels=29_999))
+
+
+@pytest.mark.parametrize("body", [b"%41", b"%%4", b" A"])
+def test_long_texts_take_linear_memory(body: bytes) -> None:
+    limits = ImageLimits(max_bytes=3_000_000)
+    text = b"data:image/png," + body * (4_000_000 // len(body))
+    tracemalloc.start()
+    with contextlib.suppress(InvalidImageError):
+        resolve_image(text, limits)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * len(text)
+    assert "and at most 3000000 are accepted" in refusal(text + text, limits)
 
 
 @pytest.mark.parametrize("side", [12_000, 60_000])
@@ -119,7 +202,7 @@ def test_pixels_without_a_white(mode: str) -> None:
     assert "for which no white is defined" in refusal(encoded("TIFF", Image.new(mode, (8, 8))))
 
 
-@pytest.mark.parametrize("file_format", [name for name in FORMATS if name != "MPO"])
+@pytest.mark.parametrize("file_format", [name for name in FORMATS if name not in ("HEIF", "MPO")])
 def test_base64_and_data_urls_of_every_format(file_format: str) -> None:
     image = NOISE.resize((32, 32))
     Image.init()
@@ -136,6 +219,13 @@ def test_base64_and_data_urls_of_every_format(file_format: str) -> None:
         b"data:image/x;base64," + text,
         b"data:;charset=utf-8;base64," + text.replace(b"+", b"%2B").replace(b"=", b"%3D"),
         b"DATA:image/x;BASE64," + text,
+        b"data:image/x;base64;charset=utf-8, " + base64.encodebytes(data),
+        b"image/x;base64," + text,
+        b'"' + text + b'"',
+        b"b'" + text + b"'",
+        b'"data:image/x;base64,' + text + b'"',
+        b"\xef\xbb\xbf" + text,
+        b"\n  " + b" ".join(text[start : start + 76] for start in range(0, len(text), 76)),
     ):
         assert resolve_image(given_as) == data
     assert decode_image(text).tobytes() == decode_image(data).tobytes()
@@ -144,6 +234,7 @@ def test_base64_and_data_urls_of_every_format(file_format: str) -> None:
 def test_data_url_in_percent_encoding() -> None:
     data = encoded("GIF")
     assert resolve_image(b"data:image/gif," + b"".join(b"%%%02X" % byte for byte in data)) == data
+    assert resolve_image(b"data:image/gif," + base64.b64encode(data)) == data
 
 
 def test_text_image_formats_are_not_taken_for_base64() -> None:
@@ -155,7 +246,13 @@ def test_text_image_formats_are_not_taken_for_base64() -> None:
     [
         (b"data:image/png;base64,iVBO*w0K", "data: URL of base64, but it holds b'*'"),
         (b"iVBORw0KGgo!AAAA", "taken for base64 text, but it holds b'!'"),
-        (b"abcde", "taken for base64 text, but it is not valid base64"),
+        (b"iVBORw0KGgoAA", "taken for base64 text, but it is not valid base64"),
+        (b"/9j/" + b"a b+" * 20, "taken for base64 text, but it holds spaces, probably for +"),
+        (b"data:image/jpeg;base64,/9j/4 AAQ", "data: URL of base64, but it holds spaces, probably for +"),
+        (base64.b64encode(base64.b64encode(encoded())), "it was encoded in base64 twice"),
+        (b"data:image/png;base64," + base64.b64encode(base64.b64encode(encoded())), "encoded in base64 twice"),
+        (base64.b64encode(b"data:image/png;base64," + base64.b64encode(encoded())), "encoded in base64 twice"),
+        (repr(encoded()).encode(), "looks like a text of a Python bytes literal"),
         (b"data:image/png;base64", "data: URL without a comma"),
     ],
 )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from blipstream.config import ServerConfig
 from blipstream.contract import ERROR_CODES
 from blipstream.errors import (
     BlipstreamError,
@@ -26,11 +22,9 @@ from blipstream.errors import (
     ServerBusyError,
 )
 from blipstream.instructions import instruction_inputs
-from blipstream.preprocess import ImageTransform
-from blipstream.triton.calls import Answer, TritonCall, forwarded_error, triton_error
+from blipstream.triton.calls import Answer, TritonCall, error_of, forwarded_error, triton_error
 from blipstream.triton.graph import QFormerModel
 from blipstream.triton.model import ModelFolder
-from blipstream.triton.preprocess import PreprocessModel
 from tests.unit.triton.fakes import Request, Response, TritonError, backend_module, make_manifest
 
 
@@ -117,7 +111,7 @@ def test_each_request_gets_its_own_rows(qformer: Served) -> None:
 
 
 def test_numbers_that_are_not_finite_fail_their_request_and_leave_the_batch(qformer: Served) -> None:
-    fault = "image_embeds must hold finite numbers, but some are NaN or infinite"
+    fault = "INVALID_ARGUMENT: image_embeds must hold finite numbers, but some are NaN or infinite"
     found = qformer.ask(*({"image_embeds": embeds(value)} for value in (1, np.nan, 2, np.inf)))
     assert found == [[1.0], fault, [2.0], fault]
     assert [len(batch["image_embeds"]) for batch in qformer.engine.batches] == [2]
@@ -132,7 +126,7 @@ def test_a_batch_of_faults_runs_nothing(qformer: Served) -> None:
 def test_a_failing_engine_fails_every_sound_request(qformer: Served) -> None:
     qformer.engine.error = EngineError("broken")
     found = qformer.ask(*({"image_embeds": embeds(value)} for value in (1, np.nan, 2)))
-    assert [found[0], found[2]] == ["broken", "broken"]
+    assert [found[0], found[2]] == ["INTERNAL: broken", "INTERNAL: broken"]
     assert "finite" in found[1]
 
 
@@ -160,77 +154,6 @@ def test_a_bad_instruction_fails_its_own_request_alone(instructed_qformer: Serve
     assert "must have one shape" in found[4]
     assert "image_embeds must hold finite numbers" in found[5]
     assert [len(batch["image_embeds"]) for batch in instructed_qformer.engine.batches] == [2]
-
-
-# --- preprocess ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def preprocess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PreprocessModel]:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # the model sets it for its process
-    for name, value in ServerConfig(max_image_pixels=10_000).to_environment().items():
-        monkeypatch.setenv(name, value)
-    make_manifest().dump(tmp_path)
-    model = PreprocessModel()
-    arguments = {"model_name": "preprocess", "model_repository": str(tmp_path / "preprocess"), "model_version": "1"}
-    with warnings.catch_warnings():
-        model.initialize(arguments)
-        yield model
-    model.finalize()
-
-
-def png(colour: str, size: tuple[int, int] = (20, 10)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def image_request(*files: bytes) -> Request:
-    return Request({"image": np.array([[file] for file in files], np.object_)})
-
-
-def test_bad_images_fail_their_own_requests_alone(preprocess: PreprocessModel) -> None:
-    files = [png("red"), b"not an image", png("blue"), png("lime")[:45], b"", png("red", (200, 200))]
-    responses = preprocess.execute([image_request(file) for file in files])
-    transform = ImageTransform(make_manifest().image)
-    for index in (0, 2):
-        pixels = responses[index].output_tensors()[0].as_numpy()
-        np.testing.assert_array_equal(pixels[0], transform.decode(files[index]))
-    faults = ("no known format", "truncated", "is empty", "40000 pixels")
-    for index, fault in zip((1, 3, 4, 5), faults, strict=True):
-        error = responses[index].error()
-        assert error.code() == TritonError.INVALID_ARG
-        assert fault in error.message()
-
-
-def test_several_images_in_one_request(preprocess: PreprocessModel) -> None:
-    (response,) = preprocess.execute([image_request(png("red"), png("blue"))])
-    pixels = response.output_tensors()[0].as_numpy()
-    assert pixels.shape == (2, 3, 8, 8)
-    assert not np.array_equal(pixels[0], pixels[1])
-    (response,) = preprocess.execute([image_request(png("red"), b"?")])
-    assert response.has_error()
-
-
-def test_large_jpegs_are_reduced_if_the_server_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    buffer = io.BytesIO()
-    Image.effect_mandelbrot((200, 160), (-2, -1, 1, 1), 50).save(buffer, "JPEG")
-    make_manifest().dump(tmp_path)
-    arguments = {"model_name": "preprocess", "model_repository": str(tmp_path / "preprocess"), "model_version": "1"}
-    found = []
-    for oversampling in (0, 2):
-        monkeypatch.setenv("BLIPSTREAM_JPEG_OVERSAMPLING", str(oversampling))
-        with warnings.catch_warnings():
-            model = PreprocessModel()
-            model.initialize(arguments)
-            (response,) = model.execute([image_request(buffer.getvalue())])
-        found.append(response.output_tensors()[0].as_numpy()[0])
-        np.testing.assert_array_equal(
-            found[-1], ImageTransform(make_manifest().image, oversampling).decode(buffer.getvalue())
-        )
-        model.finalize()
-    assert not np.array_equal(*found)
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -313,38 +236,45 @@ def test_the_final_response_waits_for_a_question_under_way() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "name"),
     [
-        (InvalidRequestError("x"), TritonError.INVALID_ARG),
-        (InvalidImageError("x"), TritonError.INVALID_ARG),
-        (ServerBusyError("x"), TritonError.UNAVAILABLE),
-        (RequestTimeoutError("x"), TritonError.UNAVAILABLE),
-        (EngineError("x"), TritonError.INTERNAL),
+        (InvalidRequestError("x"), TritonError.INVALID_ARG, "INVALID_ARGUMENT"),
+        (InvalidImageError("x"), TritonError.INVALID_ARG, "INVALID_ARGUMENT"),
+        (ServerBusyError("x"), TritonError.UNAVAILABLE, "UNAVAILABLE"),
+        (RequestTimeoutError("x"), TritonError.UNAVAILABLE, "UNAVAILABLE"),
+        (EngineError("x"), TritonError.INTERNAL, "INTERNAL"),
     ],
 )
-def test_errors_have_codes(error: BlipstreamError, code: int) -> None:
-    assert triton_error(error).code() == code
-    assert triton_error(error).message() == "x"
+def test_errors_have_codes_with_which_their_messages_begin(error: BlipstreamError, code: int, name: str) -> None:
+    request = Request({})
+    TritonCall(request).fail(error)
+    for found in (triton_error(error), request.sender.sent[0][0].error()):  # type: ignore[union-attr]
+        assert (found.code(), found.message()) == (code, f"{name}: x")
+    assert name in ERROR_CODES
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    ("message", "kind", "said"),
     [
-        (InvalidRequestError("x"), "INVALID_ARGUMENT: x"),
-        (ServerBusyError("x"), "UNAVAILABLE: x"),
-        (EngineError("x"), "INTERNAL: x"),
+        (
+            "in ensemble 'image_features', INVALID_ARGUMENT: the image is b'INTERNAL: '",
+            InvalidRequestError,
+            "the image",
+        ),
+        ("UNAVAILABLE: busy", ServerBusyError, "busy"),
+        ("in ensemble 'x', INTERNAL: broken", EngineError, "broken"),
+        ("words of Triton", EngineError, "words of Triton"),
     ],
 )
-def test_the_message_of_a_failed_request_begins_with_its_code(error: BlipstreamError, message: str) -> None:
-    request = Request({})
-    TritonCall(request).fail(error)
-    ((response, _),) = request.sender.sent
-    assert response.error().message() == message
-    assert message.partition(": ")[0] in ERROR_CODES
+def test_the_error_of_another_model_is_of_the_kind_that_it_tells(
+    message: str, kind: type[BlipstreamError], said: str
+) -> None:
+    assert type(error_of(message)) is kind
+    assert str(error_of(message)).startswith(said)
 
 
 def test_an_unforeseen_error_says_so() -> None:
-    assert triton_error(KeyError("x")).message() == "an internal error occurred: KeyError('x')"
+    assert triton_error(KeyError("x")).message() == "INTERNAL: an internal error occurred: KeyError('x')"
 
 
 @pytest.mark.parametrize(

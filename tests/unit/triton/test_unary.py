@@ -38,8 +38,9 @@ class Blip2:
 class Asked(Request):
     """A request of a client, which can wait for its answer."""
 
-    def __init__(self, *, cancelled: bool = False, **parameters: Any) -> None:
-        super().__init__({"text_input": np.array([[b"a"]], np.object_)}, parameters=parameters)
+    def __init__(self, *, cancelled: bool = False, image: bytes = b"", **parameters: Any) -> None:
+        inputs = {"text_input": np.array([[b"a"]], np.object_), "image": np.array([[image]], np.object_)}
+        super().__init__(inputs, parameters=parameters)
         self.cancelled = cancelled
 
     def is_cancelled(self) -> bool:
@@ -60,6 +61,7 @@ def blip2(monkeypatch: pytest.MonkeyPatch) -> Blip2:
 @pytest.fixture
 def model(blip2: Blip2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UnaryModel]:
     monkeypatch.setenv("BLIPSTREAM_QUEUE_SIZE", "1")
+    monkeypatch.setenv("BLIPSTREAM_MAX_IMAGE_BYTES", "9")
     make_manifest(max_sequences=1).dump(tmp_path)
     model = UnaryModel()
     model.initialize(
@@ -82,6 +84,7 @@ def answers(model: UnaryModel, *requests: Asked) -> list[Response]:
     [
         ({"max_new_tokens": 5}, "there is no option called 'max_new_tokens', and max_tokens was expected"),
         ({"colour": 1.5}, "there is no option called 'colour', and those expected are image, "),
+        ({"image": bytes(9000)}, "the image has 9000 bytes, and at most 9 are accepted"),
         ({"blipstream_cancel": NAME}, "blipstream_cancel must be sent to blip2"),
         ({"blipstream_call": "x"}, "blipstream_call must be a random string of at least 16 characters, but it is 'x'"),
     ],
