@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zlib
@@ -54,6 +55,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "both images": ({"image": GOOD, "image_input": pixels()}, "both image and image_input were given"),
     "zero bytes": ({"image": b""}, "the image is empty"),
     "not an image": ({"image": b"%PDF-1.7 text"}, "in no known format (it looks like a PDF file)"),
+    "a path": ({"image": b"/tmp/photo"}, "the text '/tmp/photo' was given, and an encoded image file"),
+    "base64 twice": ({"image": base64.b64encode(base64.b64encode(GOOD))}, "it was encoded in base64 twice"),
     "truncated": ({"image": GOOD[: len(GOOD) // 2]}, "truncated or damaged"),
     "decompression bomb": ({"image": bomb(30_000)}, "the image has 900000000 pixels, and at most 2000000 are accepted"),
     "too many bytes": ({"image": GOOD + bytes(5 << 20)}, "bytes, and at most 4194304 are accepted"),
@@ -169,7 +172,7 @@ def test_bad_images_in_a_batch_of_preprocess_fail_alone(server: TritonServer) ->
         if file == GOOD:
             np.testing.assert_array_equal(result, results[0])
         else:
-            assert result.startswith("the image is ")
+            assert result.startswith("INVALID_ARGUMENT: the image is ")
 
 
 def test_pixels_that_are_not_finite_fail_alone_in_a_batch_of_the_vision_encoder(server: TritonServer) -> None:
@@ -190,7 +193,7 @@ def test_pixels_that_are_not_finite_fail_alone_in_a_batch_of_the_vision_encoder(
         if np.isfinite(value):
             np.testing.assert_allclose(result, results[values.index(value)], atol=1e-5)
         else:
-            assert result == "pixel_values must hold finite numbers, but some are NaN or infinite"
+            assert result == "INVALID_ARGUMENT: pixel_values must hold finite numbers, but some are NaN or infinite"
 
 
 # --- odd images, answered as the RGB image that they show ------------------------------------------------------------

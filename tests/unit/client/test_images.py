@@ -15,6 +15,7 @@ from PIL import Image
 
 from blipstream.errors import InvalidImageError
 from blipstream.preprocess import decode_image
+from tests.unit.preprocess.test_files import ODD_TAGS, TURNED, raw_exif
 
 DATA = b"\x89PNG not really"
 
@@ -105,15 +106,30 @@ def test_sixteen_bits_stay_sixteen_bits() -> None:
     np.testing.assert_array_equal(np.asarray(sent).astype(np.uint16), values)
 
 
-def test_an_orientation_goes_with_its_image() -> None:
-    picture, buffer = Image.fromarray(noise(4, 6, 3)), io.BytesIO()
-    exif = picture.getexif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    picture.save(buffer, "JPEG", exif=exif, quality=95)
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [
+        (raw_exif(TURNED), (4, 6)),
+        *((exif, (4, 6)) for exif in ODD_TAGS.values()),
+        (b"Exif\0\0garbage!!", (6, 4)),
+    ],
+)
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_an_image_is_sent_upright(file_format: str, exif: bytes, size: tuple[int, int]) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(4, 6, 3)).save(buffer, file_format, exif=exif)
     file = buffer.getvalue()
     turned, as_sent = decode_image(file), decode_image(image_bytes(Image.open(io.BytesIO(file))))
-    assert turned.size == (4, 6)
+    assert turned.size == size
     np.testing.assert_array_equal(np.asarray(as_sent), np.asarray(turned))
+
+
+def test_a_pillow_image_that_cannot_be_loaded_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(40, 60, 3)).save(buffer, "PNG")
+    cut = Image.open(io.BytesIO(buffer.getvalue()[:2000]))
+    with pytest.raises(InvalidImageError, match=r"^the Pillow image cannot be sent as PNG: .*truncated"):
+        image_bytes(cut)
 
 
 def test_pillow_is_imported_by_the_caller_alone() -> None:

@@ -54,7 +54,7 @@ def patched(file: bytes, position: int, value: bytes) -> bytes:
 
 
 def animated(file_format: str, **options: Any) -> bytes:
-    return encoded(RGB.copy(), file_format, save_all=True, append_images=[OTHER], **options)
+    return encoded(RGB.copy(), file_format, save_all=True, append_images=[OTHER.copy()], **options)
 
 
 def gif_on_a_larger_screen() -> bytes:

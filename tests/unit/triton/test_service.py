@@ -13,7 +13,7 @@ import pytest
 from blipstream.config import ServerConfig
 from blipstream.decoding.loop import DecodeLoop, LoopConfig
 from blipstream.decoding.text import Tokenizer
-from blipstream.errors import EngineError, InvalidImageError, PromptTooLongError, RequestTimeoutError, ServerBusyError
+from blipstream.errors import EngineError, InvalidRequestError, PromptTooLongError, RequestTimeoutError, ServerBusyError
 from blipstream.features import Features, ImageFeatures
 from blipstream.instructions import InstructionEncoder
 from blipstream.triton.inputs import ImageSource, RequestParser
@@ -249,7 +249,7 @@ def test_frames_are_kept_one_by_one_and_joined_in_their_order() -> None:
 @pytest.mark.parametrize(
     ("inputs", "error", "outcome"),
     [
-        ({"image": b""}, InvalidImageError, "invalid"),
+        ({"top_k": -1}, InvalidRequestError, "invalid"),
         ({"text_input": b"a" * 70}, PromptTooLongError, "invalid"),
     ],
 )
