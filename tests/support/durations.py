@@ -46,11 +46,11 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     modules = read_modules(options.junit)
+    if options.record:
+        record(modules)
     print(f"{sum(modules.values()):.0f} s in {len(modules)} modules, of which")
     for name, value in modules.most_common(25):
         print(f"{value:7.1f} s  {name}")
-    if options.record:
-        record(modules)
 
 
 if __name__ == "__main__":
