@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 WORK := .work
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo demo-checkpoint test test-quick test-shuffled test-large durations check format bench gpu clean
+.PHONY: help install demo demo-checkpoint test test-quick test-shuffled test-large coverage durations check format bench gpu clean
 
 help:
 	@echo "make demo             caption the sample images with the demo checkpoint, on a real Triton server"
-	@echo "make test             the whole test suite; durations and coverage are then in .work/test"
+	@echo "make test             the whole test suite; its durations are then in .work/test"
 	@echo "make test-quick       what needs no server and builds nothing, in at most three minutes"
 	@echo "make test-shuffled    the whole test suite, the tests of each module in another order"
+	@echo "make coverage         the whole test suite, with what it covers in .work/test; nearly twice as long"
 	@echo "make durations        keep the durations of the last make test; by these the next one orders its modules"
 	@echo "make test-large       the published models' true shapes, at reduced depth (minutes and gigabytes each)"
 	@echo "make check            ruff (lint and format) and mypy strict"
@@ -44,11 +45,13 @@ RUN := .work/test
 PYTEST := -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 30 --durations-min 3 --junitxml $(RUN)/junit.xml
 
 test: $(INSTALLED)
-	mkdir -p $(RUN)/coverage
-	rm -f $(RUN)/coverage/* $(RUN)/junit.xml
-	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run $(PYTEST) $(OPTIONS); status=$$?; \
-	$(BIN)/python -m tests.support.durations $(RUN)/junit.xml; \
-	$(BIN)/python -m coverage combine --quiet; $(BIN)/python -m coverage report > $(RUN)/coverage.txt; \
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(OPTIONS); status=$$?; \
+	$(BIN)/python -m tests.support.durations $(RUN)/junit.xml; exit $$status
+
+coverage: $(INSTALLED)
+	mkdir -p $(RUN)/coverage && rm -f $(RUN)/coverage/*
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run $(PYTEST) --timeout 240 $(OPTIONS); status=$$?; \
+	$(BIN)/python -m coverage combine --quiet && $(BIN)/python -m coverage report > $(RUN)/coverage.txt; \
 	tail -n 1 $(RUN)/coverage.txt; exit $$status
 
 test-quick: $(INSTALLED)
