@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 help:
 	@echo "make demo             caption the sample images with the demo checkpoint, on a real Triton server"
 	@echo "make test             the whole test suite; its durations are then in .work/test"
-	@echo "make test-quick       what needs no server and builds nothing, in at most three minutes"
+	@echo "make test-quick       what needs no server and little time, in at most three minutes"
 	@echo "make test-shuffled    the whole test suite, the tests of each module in another order"
 	@echo "make coverage         the whole test suite, with what it covers in .work/test; nearly twice as long"
 	@echo "make durations        keep the durations of the last make test; by these the next one orders its modules"
@@ -55,7 +55,7 @@ coverage: $(INSTALLED)
 	tail -n 1 $(RUN)/coverage.txt; exit $$status
 
 test-quick: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not server and not slow" $(OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --quick $(OPTIONS)
 
 test-shuffled:
 	$(MAKE) test OPTIONS="--shuffle $$(date +%s)"

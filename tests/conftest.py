@@ -14,6 +14,10 @@ import torch  # makes the logger below what it is
 from tests.support import durations
 from tests.support.servers import DEATH
 
+QUICK_S = 15.0
+"""What a whole module may take at most, of those that ``--quick`` runs."""
+BUILDING = {"random_bundle", "exported"}
+"""Fixtures that build."""
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Without a GPU the fused kernels run in the interpreter. It is chosen when they are imported, and the compiler's
@@ -30,6 +34,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--large", action="store_true", help="run the tests marked large as well")
+    parser.addoption("--quick", action="store_true", help="leave out servers, builds and modules known to be slow")
     parser.addoption("--shuffle", type=int, metavar="SEED", help="shuffle the tests within each module")
 
 
@@ -45,6 +50,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes and gigabytes: give pytest --large"))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    if config.getoption("--quick"):
+        slow = [item for item in items if not is_quick(item)]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
     seed = config.getoption("--shuffle")
     if seed is not None:
         random.Random(seed).shuffle(items)
@@ -52,10 +61,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     order_modules(items)
 
 
+def is_quick(item: pytest.Item) -> bool:
+    if BUILDING & set(getattr(item, "fixturenames", ())) or durations.load().get(module_of(item), 0) >= QUICK_S:
+        return False
+    return not any(item.get_closest_marker(name) for name in ("server", "slow", "large"))
+
+
+def module_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
 def order_modules(items: list[pytest.Item]) -> None:
     """The slowest modules first, so no worker is left with one at the end; each module's tests together."""
     table = durations.load()
-    modules = [item.nodeid.partition("::")[0] for item in items]
+    modules = [module_of(item) for item in items]
     rank = {name: (-table.get(name, durations.UNKNOWN_S), name) for name in modules}
     order = sorted(range(len(items)), key=lambda i: (rank[modules[i]], i))
     items[:] = [items[i] for i in order]

@@ -61,7 +61,7 @@ def test_penalties_and_limits_equal_the_checkpoint(server: TritonServer) -> None
 
 
 def test_served_accuracy_is_the_model_cards(server: TritonServer) -> None:
-    """Captions and answers for all 1,000 test scenes, judged by the code that made the model card."""
+    """Captions and answers for 200 of the 1,000 test scenes, judged by the code that made the model card."""
     evaluated = json.loads((DEMO / "evaluation.json").read_text())
     card = evaluated["generation"]["checkpoint"]
 
@@ -70,15 +70,14 @@ def test_served_accuracy_is_the_model_cards(server: TritonServer) -> None:
         answers = ask_concurrently(server.grpc_url, asks)
         return ["".join(chunk.text for chunk in chunks).strip() for chunks in answers]
 
-    shown = scenes.test_scenes(evaluated["scenes"])
+    shown = scenes.test_scenes(200)
     figures = evaluation.generation(generate, shown, [scenes.render(scene) for scene in shown])
     for found, measured in (
         *((figures["captions"][key], card["captions"][key]) for key in ("right", "exact")),
         *((figures["questions"][kind], card["questions"][kind]) for kind in card["questions"]),
     ):
-        assert found["n"] == measured["n"]
-        # the card was measured in padded batches, whose rounding may turn a tie: one text in a thousand
-        assert found["all"] == pytest.approx(measured["all"], abs=0.0015)
+        assert 100 < found["n"] <= 200
+        assert found["all"] == pytest.approx(measured["all"], abs=0.04)  # three deviations of the least certain
 
 
 # --- random checkpoints of odd sizes ---------------------------------------------------------------------------------

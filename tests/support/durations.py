@@ -7,6 +7,7 @@ python -m tests.support.durations .work/test/junit.xml --record   # write tests/
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -29,6 +30,7 @@ def read_modules(junit: Path) -> Counter[str]:
     return seconds
 
 
+@functools.cache
 def load() -> dict[str, float]:
     table: dict[str, float] = json.loads(TABLE.read_text())
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import time
 from collections import Counter
@@ -176,4 +177,4 @@ def test_durations_are_summed_by_module(tmp_path: Path, monkeypatch: pytest.Monk
     assert modules == Counter({"tests/unit/test_suite.py": 3.5, "tests/conftest.py": 0.25})
     monkeypatch.setattr(durations, "TABLE", tmp_path / "durations.json")
     durations.record(modules)
-    assert durations.load() == {"tests/unit/test_suite.py": 4, "tests/conftest.py": 0}
+    assert json.loads(durations.TABLE.read_text()) == {"tests/unit/test_suite.py": 4, "tests/conftest.py": 0}
