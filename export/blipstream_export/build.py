@@ -83,6 +83,8 @@ class BuildOptions:
     prompt. By default 256, or what the model can read if less."""
     replace: bool = False
     """Replace an existing bundle."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     calibration: Path | None = None
     """A folder of images like those that will be served, from which int8 learns where it must be finer, and TensorRT's
     int8 and fp8 what values to expect; by default a few synthetic images."""
@@ -184,7 +186,7 @@ class _Build:
             options = self._options
             questions = read_test_set(options.test_set) if options.test_set else []
             self._calibration = read_images(options.calibration) if options.calibration else []
-            checkpoint = open_checkpoint(self._source)
+            checkpoint = open_checkpoint(self._source, revision=options.revision)
             _check_questions(questions, checkpoint)
             tokenizers = {TOKENIZER_FILE: check_tokenizer(checkpoint)}
             if checkpoint.instructed:

@@ -6,24 +6,24 @@ weights. In between, nothing has been computed and little has been read, so that
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
 from blipstream.manifest import DecoderSection, ImageSection
 from blipstream_export.families import Family, LanguageModule, find_family
-from blipstream_export.faults import faults_of, first_line
+from blipstream_export.faults import faults_of
+from blipstream_export.files import read_json
 from blipstream_export.generation import empty_prompt_ids, is_token
+from blipstream_export.location import CONFIG_FILE, fetch_weights, locate
 from blipstream_export.processors import frame, load_processor
-from blipstream_export.weights import TensorHeader, read_headers, read_json
+from blipstream_export.weights import TensorHeader, read_headers, weight_notes
 
-CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_WEIGHTS = (".weight", ".bias", "query_tokens")
 _RESAMPLE: dict[int, Any] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -68,6 +68,8 @@ class Checkpoint:
     weights: Weights
     notes: tuple[str, ...] = ()
     """What a user should know, one sentence each."""
+    commit: str | None = None
+    """The commit on the hub, where it is known."""
 
     @property
     def instructed(self) -> bool:
@@ -98,26 +100,42 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(source: str | Source) -> Checkpoint:
+def open_checkpoint(source: str | Source, *, revision: str | None = None) -> Checkpoint:
     """Open a folder or a hub id in the Hugging Face layout, or the parts of a checkpoint.
+
+    ``revision`` is a branch, a tag or a commit of a hub id, which may be written ``owner/name@revision`` as well.
 
     Raises:
         UnsupportedCheckpointError: a kind of checkpoint, or a configuration, that is not served.
         CheckpointError: files are missing, truncated or inconsistent.
     """
     if not isinstance(source, str):
+        if revision is not None:
+            raise CheckpointError(f"a revision ({revision}) belongs to a hub id, and parts of a checkpoint were given")
         return source.open()
-    folder = _locate(source)
-    name = folder.name if Path(source).exists() else source
+    place = locate(source, revision)
+    folder = place.folder
     raw = read_json(folder / CONFIG_FILE)
     family = find_family(raw, source)
+    _check_quantization(raw, folder)
+    fetch_weights(place)
     headers = read_headers(folder)
+    _check_types(headers)
     with faults_of(f"the configuration {folder / CONFIG_FILE}"):
         import transformers
 
         config = getattr(transformers, family.image_side.config).from_pretrained(folder)
     config.num_query_tokens = _num_query_tokens(raw, headers, folder)
-    return assemble(folder, name, family, config, load_processor(folder, family.image_side), _Folder(folder))
+    opened = assemble(
+        folder,
+        place.name,
+        family,
+        config,
+        load_processor(folder, family.image_side),
+        _Folder(folder),
+        weight_notes(folder),
+    )
+    return replace(opened, commit=place.commit)
 
 
 def assemble(
@@ -184,40 +202,42 @@ class _Folder:
     def load(self, architecture: Any, *, deferred: bool = False, **options: Any) -> Any:
         import transformers
 
-        from blipstream_export.shards import deferred_tensors
+        from blipstream_export.shards import deferred_tensors, mapped_tensors
 
-        if not deferred:
-            return architecture.from_pretrained(self.path, local_files_only=True, use_safetensors=True, **options)
-        loaded = architecture.from_pretrained(None, state_dict=deferred_tensors(self.path), **options)
+        tensors = (deferred_tensors if deferred else mapped_tensors)(self.path)
+        loaded = architecture.from_pretrained(None, state_dict=tensors, **options)
         if (self.path / GENERATION_FILE).is_file():  # which transformers takes from a folder beside the weights
             loaded[0].generation_config = transformers.GenerationConfig.from_pretrained(self.path)
         return loaded
 
 
-def _locate(source: str) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder.resolve()
-    if folder.exists():
-        raise CheckpointError(
-            f"{source} is a file, but a checkpoint is a folder in the Hugging Face layout or a hub id"
-        )
-    if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"there is no folder {source}, and a hub id would read owner/name")
-    from huggingface_hub import snapshot_download
+def _check_quantization(raw: Mapping[str, Any], folder: Path) -> None:
+    for section in (raw, raw.get("text_config") or {}):
+        if found := section.get("quantization_config"):
+            method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else found
+            raise UnsupportedCheckpointError(
+                f"the checkpoint {folder} is quantized ({method}), and Blipstream builds from weights in floating "
+                "point: give the checkpoint that it was made from, and --precision int8 or int4"
+            )
 
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
-    except (OSError, ValueError, RuntimeError) as error:  # what huggingface_hub and its HTTP client raise
-        raise CheckpointError(
-            f"there is no folder {source}, and the hub did not give a checkpoint of that id: {first_line(error)}"
-        ) from error
+
+def _check_types(headers: Mapping[str, TensorHeader]) -> None:
+    """Refuse weights that are not of a floating-point type that every engine reads, float8 included."""
+    for name, header in headers.items():
+        if name.endswith(_WEIGHTS) and header.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"the tensor {name} in {header.file} is of type {header.dtype}: expected one of {', '.join(_FLOATS)}"
+            )
 
 
 def _num_query_tokens(raw: Mapping[str, Any], headers: Mapping[str, TensorHeader], folder: Path) -> int:
     header = headers.get("query_tokens")
     if header is None or len(header.shape) != 3:
-        raise CheckpointError(f"the checkpoint {folder} lacks the tensor query_tokens (1, number of queries, width)")
+        prefixed = [name.removesuffix("query_tokens") for name in headers if name.endswith(".query_tokens")]
+        more = f": its tensors' names begin with {prefixed[0]!r}, which has to be cut off" if prefixed else ""
+        raise CheckpointError(
+            f"the checkpoint {folder} lacks the tensor query_tokens (1, number of queries, width){more}"
+        )
     declared = raw.get("num_query_tokens")
     if declared is not None and declared != header.shape[1]:
         raise CheckpointError(
@@ -282,10 +302,9 @@ def _image_section(processor: Any, config: Any) -> ImageSection:
 
 
 def _square(size: Any, what: str) -> int:
-    sides = {int(size)} if isinstance(size, int) else {int(side) for side in size}
-    if len(sides) != 1:
-        raise UnsupportedCheckpointError(f"{what} must be square, but it is {size}")
-    return sides.pop()
+    if not isinstance(size, int):
+        raise UnsupportedCheckpointError(f"{what} must be one number, the side of a square, but it is {size}")
+    return size
 
 
 def _triple(values: Sequence[float], name: str) -> tuple[float, float, float]:

@@ -29,6 +29,7 @@ _EXTRA = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime
 def build(
     output: options.Output,
     checkpoint: options.CheckpointName = None,
+    revision: options.Revision = None,
     engine: options.Engine = "onnxruntime",
     precision: options.Precision = "fp32",
     max_batch: options.MaxBatch = 8,
@@ -78,6 +79,7 @@ def build(
                 "calibration": calibration,
                 "test_set": test_set,
                 "replace": force,
+                "revision": revision,
             }
             result = _run(source, output, chosen, observer)
     except (BlipstreamError, OSError) as error:  # of the latter: no space left, or no permission to write

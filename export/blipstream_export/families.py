@@ -119,6 +119,9 @@ def find_family(config: Mapping[str, Any], source: str) -> Family:
     Raises:
         UnsupportedCheckpointError: none fits; the message names what was found and what is served.
     """
+    for name in ("text_config", "vision_config", "qformer_config"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise UnsupportedCheckpointError(f"{name} of {source} must be a JSON object, but it is {config[name]!r}")
     model_type = config.get("model_type")
     architectures = config.get("architectures") or []
     text_model_type = (config.get("text_config") or {}).get("model_type", "opt")  # the default of transformers

@@ -48,6 +48,7 @@ def make_manifest(
         revision=BUNDLE_REVISION,
         kind=checkpoint.family.kind,
         source=checkpoint.name,
+        commit=checkpoint.commit,
         engine=engine,
         plans=plans,
         max_batch=max_batch,

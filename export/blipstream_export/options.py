@@ -17,6 +17,14 @@ CheckpointName = Annotated[
     str | None,
     typer.Argument(metavar="CHECKPOINT", help="A folder, or a hub id, in the Hugging Face layout.", show_default=False),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REVISION",
+        help="Branch, tag or commit of a hub id; owner/name@revision says the same.",
+        show_default="the hub's main branch",
+    ),
+]
 Engine = Annotated[
     EngineName,
     typer.Option(help="What runs the graphs: ONNX Runtime on the CPU or on a GPU, or TensorRT on this machine's GPU."),

@@ -1,8 +1,10 @@
 """The processor of a checkpoint, as transformers has it: image transform, tokenizers, and placeholders of soft tokens.
 
+Images are always resized by Pillow, as servers do it (``BlipImageProcessorPil``). Where torchvision is installed,
+transformers prefers a form that resizes by torchvision, whose pixels differ by up to 2e-3.
+
 Where the checkpoint is for videos, frames are images of one processor: ``InstructBlipVideoProcessor`` makes the same
-ids with another placeholder, as often for each frame, but its video processor needs torchvision, whose resizing
-differs in the last digits from Pillow's, which servers use.
+ids with another placeholder, as often for each frame, but its video processor needs torchvision.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from blipstream.errors import CheckpointError
 from blipstream_export.faults import faults_of
-from blipstream_export.weights import read_json
+from blipstream_export.files import check_readable, read_json
 
 if TYPE_CHECKING:
     from blipstream_export.families import ImageSide
@@ -38,11 +40,15 @@ def load_processor(folder: Path, side: ImageSide) -> Any:
     import transformers
 
     check_files(folder, *_needed(side))
-    with faults_of(f"the tokenizer and image processor of {folder}"):
+    whole = (folder / "tokenizer.json").is_file()
+    unconverted = "" if whole else " (it has no tokenizer.json: making one needs sentencepiece or tiktoken)"
+    with faults_of(f"the tokenizer and image processor of {folder}{unconverted}"):
         if side.num_frames > 1:
             processor = _frames_processor(folder, side)
         else:
             processor = getattr(transformers, side.processor).from_pretrained(folder, local_files_only=True)
+            images: Any = transformers.AutoImageProcessor
+            processor.image_processor = images.from_pretrained(folder, local_files_only=True, backend="pil")
     if side.instructed:  # transformers takes the language model's where this one cannot be read
         own = folder / _QFORMER_TOKENIZER
         with faults_of(f"the tokenizer of the Q-Former in {own}"):
@@ -85,10 +91,15 @@ def check_files(folder: Path, *kinds: str) -> None:
         kinds: keys of :data:`FILES`.
 
     Raises:
-        CheckpointError: a kind of which the folder holds none.
+        CheckpointError: a kind of which the folder holds none, or a Git LFS pointer in place of a file.
     """
     for kind in kinds:
-        if not any((folder / name).is_file() for name in FILES[kind]):
+        found = [folder / name for name in FILES[kind] if (folder / name).is_file()]
+        for path in found:
+            check_readable(path)
+        if kind == "image processor":  # older checkpoints have it in the other file
+            found = [path for path in found if path.name != _PROCESSOR_FILE or "image_processor" in read_json(path)]
+        if not found:
             raise CheckpointError(f"the checkpoint {folder} holds no {kind}: expected one of {', '.join(FILES[kind])}")
 
 
@@ -107,7 +118,7 @@ def _frames_processor(folder: Path, side: ImageSide) -> Any:
     tokenizer.image_token = AddedToken(side.placeholder, normalized=False, special=True)  # where it looks for one
     tokenizer.add_tokens([tokenizer.image_token], special_tokens=True)
     fields = _frame_transform(folder)
-    images = transformers.BlipImageProcessor.from_dict(fields)
+    images = transformers.BlipImageProcessorPil.from_dict(fields)
     declared = read_json(folder / _PROCESSOR_FILE) if (folder / _PROCESSOR_FILE).is_file() else {}
     return getattr(transformers, side.processor)(
         images, tokenizer, tokenizer, num_query_tokens=declared.get("num_query_tokens")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from blipstream.decoding.request import Prompt
+from blipstream.errors import CheckpointError
 from blipstream.instructions import instruction_inputs
 from blipstream.manifest import DecoderSection
 from blipstream_export.checkpoint import Checkpoint
@@ -142,10 +143,33 @@ def compute_reference(
         sizes: of the KV cache that will serve it.
         extent: how much to run.
         on_progress: is called with how many of the samples are done, and how many there are.
+
+    Raises:
+        CheckpointError: an output is infinite or NaN.
     """
     images = sample_images()
     samples = _samples(checkpoint, len(images), sizes)[: extent.texts]
-    return _compute(model, checkpoint, images, samples, extent.new_tokens, on_progress)
+    reference = _compute(model, checkpoint, images, samples, extent.new_tokens, on_progress)
+    _check_finite(reference, model, checkpoint)
+    return reference
+
+
+def _check_finite(reference: Reference, model: Any, checkpoint: Checkpoint) -> None:
+    import torch
+
+    from blipstream_export.deferred import computing
+
+    outputs = (
+        reference.image_embeds,
+        *(r.soft_tokens for r in reference.readings),
+        *(t.logits for t in reference.texts),
+    )
+    if all(np.isfinite(output).all() for output in outputs):
+        return
+    with torch.no_grad(), computing():
+        broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    cause = f"its tensor {broken[0]} holds such values" if broken else "its weights are finite"
+    raise CheckpointError(f"the checkpoint {checkpoint.name} computes infinite values or NaN in fp32: {cause}")
 
 
 def _compute(

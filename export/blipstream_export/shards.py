@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blipstream.errors import CheckpointError
 from blipstream_export.deferred import Deferred, deferred
-from blipstream_export.weights import TensorHeader, read_headers
+from blipstream_export.weights import TensorHeader, read_headers, weight_files
 
 _TYPES = {
     "F64": torch.float64,
@@ -39,6 +39,19 @@ def deferred_tensors(folder: Path) -> dict[str, Deferred]:
         CheckpointError: a file is missing or damaged, or a tensor is of a type that no model has.
     """
     return {name: _defer(name, header) for name, header in read_headers(folder).items()}
+
+
+def mapped_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by its name in the files; mapped from disk.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    headers = read_headers(folder)
+    loaded = {path: load_file(path) for path in weight_files(folder)}
+    return {name: loaded[header.file][name] for name, header in headers.items()}
 
 
 def read_tensor(header: TensorHeader) -> Tensor:

@@ -1,23 +1,30 @@
 """The weight files of a checkpoint: which there are, and whether each of them is whole.
 
 A safetensors file is eight bytes of header length (little endian), a JSON header with the place of each tensor, and the
-tensors. Its length follows from its header, so that a truncated file is found without reading it.
+tensors. Its length follows from its header, so a truncated file is found without reading it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blipstream.errors import CheckpointError
+from blipstream_export.files import check_readable, read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTER_FILE = "adapter_config.json"
+_FOREIGN = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+"""Ends of the names of weights in other formats."""
+_OF_TRAINING = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state")
+"""What a training leaves beside the weights, in the same formats."""
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -41,33 +48,130 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
         CheckpointError: no weights, a missing or truncated file, a file that is no safetensors, or an index that
             names a tensor that its shard lacks.
     """
-    if (folder / INDEX_FILE).is_file():
-        return _read_shards(folder)
-    if (folder / WEIGHTS_FILE).is_file():
-        return read_header(folder / WEIGHTS_FILE)
-    if any((folder / name).is_file() for name in _PICKLES):
-        raise CheckpointError(
-            f"the checkpoint {folder} holds its weights as {_PICKLES[0]}, and Blipstream reads safetensors: load and "
-            "save it once with transformers to convert it"
-        )
-    raise CheckpointError(f"the checkpoint {folder} holds no weights: expected {WEIGHTS_FILE} or {INDEX_FILE}")
-
-
-def _read_shards(folder: Path) -> dict[str, TensorHeader]:
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map that says which shard holds each tensor")
-    shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        if not (folder / shard).is_file():
+    found = {path.name: read_header(path) for path in weight_files(folder)}
+    if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
+        return _as_indexed(folder / INDEX_FILE, found)
+    headers: dict[str, TensorHeader] = {}
+    for name, tensors in found.items():
+        if twice := sorted(headers.keys() & tensors.keys()):
             raise CheckpointError(
-                f"the checkpoint {folder} lacks the shard {shard}, one of {len(shards)} that its index names"
+                f"{headers[twice[0]].file.name} and {name} of {folder} both hold the tensor {twice[0]}, and no "
+                f"{INDEX_FILE} says which one counts"
             )
-    headers = {shard: read_header(folder / shard) for shard in shards}
-    for tensor, shard in weight_map.items():
-        if tensor not in headers[shard]:
-            raise CheckpointError(f"the shard {folder / shard} lacks the tensor {tensor}, which the index places there")
-    return {tensor: header for shard in shards for tensor, header in headers[shard].items()}
+        headers |= tensors
+    return headers
+
+
+def _as_indexed(index: Path, found: Mapping[str, Mapping[str, TensorHeader]]) -> dict[str, TensorHeader]:
+    """Each tensor from the shard where the index places it; tensors that it does not name count as well."""
+    headers = {name: header for tensors in found.values() for name, header in tensors.items()}
+    for tensor, shard in _weight_map(index).items():
+        if tensor not in found[shard]:
+            raise CheckpointError(
+                f"the shard {index.parent / shard} lacks the tensor {tensor}, which the index places there"
+            )
+        headers[tensor] = found[shard][tensor]
+    return headers
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a checkpoint: one, as transformers prefers it, or all shards.
+
+    Shards come from the index, or from their names where there is no index.
+
+    Raises:
+        CheckpointError: no weights, or a missing shard.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if (folder / INDEX_FILE).is_file():
+        return indexed_files(folder / INDEX_FILE)
+    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if (folder / ADAPTER_FILE).is_file():
+        raise CheckpointError(adapter_fault(folder))
+    if numbered := [match for path in found if (match := _NUMBERED.fullmatch(path.name))]:
+        return _numbered_files(folder, numbered)
+    if len(found) == 1:
+        return found
+    raise CheckpointError(_no_weights(folder, [path.name for path in found]))
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names.
+
+    Raises:
+        CheckpointError: the index names none, or one that is not there.
+    """
+    shards = sorted(set(_weight_map(index).values()))
+    for shard in shards:
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(
+                f"the checkpoint {index.parent} lacks the shard {shard}, one of {len(shards)} that its index names"
+            )
+    return [index.parent / shard for shard in shards]
+
+
+def weight_notes(folder: Path) -> tuple[str, ...]:
+    """One sentence on an index that is not read, or is missing; none as a rule."""
+    whole, indexed = (folder / WEIGHTS_FILE).is_file(), (folder / INDEX_FILE).is_file()
+    if whole and indexed:
+        return (f"the weights are those of {WEIGHTS_FILE}: {INDEX_FILE} beside it is not read, as in transformers",)
+    if whole or indexed:
+        return ()
+    return (f"there is neither {WEIGHTS_FILE} nor {INDEX_FILE}: the weights were found by the names of the files",)
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(x, str) for x in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map that says which shard holds each tensor")
+    return weight_map
+
+
+def _numbered_files(folder: Path, found: Sequence[re.Match[str]]) -> list[Path]:
+    """Shards whose names count them, all of one series."""
+    series = {(match[1], int(match[3])) for match in found}
+    if len(series) > 1:
+        listed = ", ".join(f"{stem}-*-of-{count:05}" for stem, count in sorted(series))
+        raise CheckpointError(
+            f"{folder} holds several series of shards ({listed}) and no {INDEX_FILE} that says which one counts"
+        )
+    ((stem, count),) = series
+    names = [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"the checkpoint {folder} lacks the shard {name}, and the index {INDEX_FILE}")
+    return [folder / name for name in names]
+
+
+def _no_weights(folder: Path, safetensors: Sequence[str]) -> str:
+    expected = f"expected {WEIGHTS_FILE} or {INDEX_FILE}"
+    if safetensors:
+        return f"the checkpoint {folder} holds several weight files ({', '.join(safetensors[:3])}): {expected}"
+    for path in folder.glob("*.safetensors"):
+        if path.is_symlink():
+            return f"{path} is a link to a file that is not there: its download was not finished, or was removed"
+    others = sorted(path.name for path in folder.iterdir())
+    return foreign_weights(str(folder), others) or f"the checkpoint {folder} holds no weights: {expected}"
+
+
+def adapter_fault(folder: Path) -> str:
+    """What is to be said of an adapter in place of a checkpoint."""
+    return (
+        f"{folder} holds an adapter ({ADAPTER_FILE}), and a whole checkpoint was expected: merge it into its base "
+        "model with merge_and_unload of peft, and save that"
+    )
+
+
+def foreign_weights(source: str, names: Iterable[str]) -> str | None:
+    """What is to be said of weights in another format, if some of these files are such."""
+    for name in names:
+        if name.endswith(_FOREIGN) and not name.startswith(_OF_TRAINING):
+            return (
+                f"the checkpoint {source} holds its weights as {name}, and Blipstream reads safetensors: load and save "
+                "it once with transformers to convert it"
+            )
+    return None
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
@@ -76,6 +180,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     Raises:
         CheckpointError: the file is truncated, or no safetensors.
     """
+    check_readable(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(_LENGTH_BYTES)
@@ -83,7 +188,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             raise CheckpointError(f"{path} is truncated: it holds {size} bytes, fewer than a safetensors header")
         (length,) = struct.unpack("<Q", start)
         if length > _MAX_HEADER_BYTES:
-            raise CheckpointError(f"{path} is not a safetensors file: it declares a header of {length} bytes")
+            raise CheckpointError(f"{path} is not a safetensors file: it begins with {start!r}")
         header = file.read(length)
     if len(header) < length:
         raise CheckpointError(f"{path} is truncated: it ends within its header, after {size} bytes")
@@ -108,20 +213,3 @@ def _parse_header(path: Path, header: bytes, data: int) -> dict[str, TensorHeade
         return tensors
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         raise CheckpointError(f"{path} is not a safetensors file: its header cannot be read") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: no such file, or its contents are not a JSON object.
-    """
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"the checkpoint {path.parent} holds no {path.name}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, but it holds a {type(contents).__name__}")
-    return contents

@@ -171,6 +171,8 @@ class Manifest(_Section):
     """Image side and language model, as in ``blip2-opt``."""
     source: str
     """Name of the checkpoint: its folder's name or its hub id."""
+    commit: str | None = None
+    """Commit of the checkpoint on the hub, where it is known."""
     engine: EngineName
     plans: PlanSection | None = None
     """Set in a bundle for TensorRT."""

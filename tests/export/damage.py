@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.checkpoints import TinySizes, make_blip2_opt, make_processor
 from tests.support.languages import opt_tokenizer
 
-Fault = Callable[[Path], None]
+Fault = Callable[[Path], object]
 
 
 def edit(name: str, change: Callable[[dict[str, Any]], object]) -> Fault:
@@ -76,12 +77,24 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Fault:
     return fault
 
 
-def both(first: Fault, second: Fault) -> Fault:
+def both(*faults: Fault) -> Fault:
     def fault(folder: Path) -> None:
-        first(folder)
-        second(folder)
+        for each in faults:
+            each(folder)
 
     return fault
+
+
+def copy(name: str, other: str) -> Fault:
+    return lambda folder: shutil.copy(folder / name, folder / other)
+
+
+def rename(name: str, other: str) -> Fault:
+    return lambda folder: (folder / name).rename(folder / other)
+
+
+def link(target: str, name: str) -> Fault:
+    return lambda folder: (folder / name).symlink_to(target)
 
 
 def shards(then: Fault) -> Fault:

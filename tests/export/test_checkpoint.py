@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from blipstream_export.checkpoint import Checkpoint, load_model, open_checkpoint
 from blipstream_export.generation import empty_prompt_ids, generation_notes, generation_section
 from blipstream_export.reference import compute_reference
 from blipstream_export.tokenizer import check_tokenizer, tokenizer_notes
+from safetensors.torch import load_file
 
 from blipstream.errors import BundleError, CheckpointError, UnsupportedCheckpointError
 from blipstream.manifest import DecoderSection
-from tests.export.damage import edit, put, weights
+from tests.export.damage import Fault, both, copy, edit, processor, put, remove, rename, shards, weights, write
 from tests.support.checkpoints import TinySizes, make_blip2_opt, make_images, make_processor, save_blip2, save_blip2_opt
 from tests.support.languages import opt_tokenizer
+
+DECODER = "language_model.model.decoder"
 
 
 @pytest.mark.parametrize(
@@ -58,34 +62,120 @@ def test_a_source_that_is_no_checkpoint(tmp_path: Path) -> None:
         open_checkpoint("/no/such/folder")
 
 
-def test_hub_id_is_downloaded(random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, list[str]]] = []
-
-    def snapshot_download(repo_id: str, *, allow_patterns: list[str]) -> str:
-        asked.append((repo_id, allow_patterns))
-        return str(random_checkpoint)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    checkpoint = open_checkpoint("owner/tiny-blip2")
-    assert checkpoint.name == "owner/tiny-blip2"
-    assert asked[0][0] == "owner/tiny-blip2"
-    assert not any("bin" in pattern for pattern in asked[0][1])
-
-
-def test_hub_id_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="there is no folder owner/nothing, and the hub did not give") as raised:
-        open_checkpoint("owner/nothing")
-    assert "\n" not in str(raised.value)
-
-
 def test_shards_load_like_one_file(random_checkpoint: Path, tmp_path: Path) -> None:
     folder = save_blip2_opt(tmp_path / "sharded", max_shard_size="100KB")
     assert (folder / "model.safetensors.index.json").is_file()
     one, many = (load_model(open_checkpoint(str(path))).state_dict() for path in (random_checkpoint, folder))
     assert one.keys() == many.keys()
     assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def _with_vocabulary_files(folder: Path) -> None:
+    """As GPT-2's tokenizer was saved before there was ``tokenizer.json``."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in model["merges"]))
+    (folder / "tokenizer.json").unlink()
+    edit("tokenizer_config.json", lambda config: config.update(tokenizer_class="GPT2Tokenizer"))(folder)
+
+
+def _with_preprocessor_config(folder: Path) -> None:
+    contents = json.loads((folder / "processor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(contents.pop("image_processor")))
+    (folder / "processor_config.json").write_text(json.dumps(contents))
+
+
+ACCEPTED: dict[str, tuple[Fault, str]] = {
+    "weights of another name": (rename("model.safetensors", "blip2.safetensors"), "found by the names of the files"),
+    "shards without an index": (shards(remove("model.safetensors.index.json")), "found by the names of the files"),
+    "a whole file beside an old index": (
+        write("model.safetensors.index.json", b'{"weight_map": {"x": "model-00001-of-00002.safetensors"}}'),
+        "model.safetensors.index.json beside it is not read, as in transformers",
+    ),
+    "a whole file beside old shards": (
+        both(copy("model.safetensors", "whole"), shards(lambda _: None), rename("whole", "model.safetensors")),
+        "model.safetensors.index.json beside it is not read, as in transformers",
+    ),
+    "fp16 by an old name": (edit("config.json", lambda config: config.update(torch_dtype=config.pop("dtype"))), ""),
+    "a tied weight twice": (
+        weights(lambda t: t.update({"language_model.lm_head.weight": t[f"{DECODER}.embed_tokens.weight"].clone()})),
+        "",
+    ),
+    "tensors besides": (weights(lambda t: t.update({"qformer.embeddings.position_ids": torch.arange(5)[None]})), ""),
+    "vocab.json and merges.txt": (_with_vocabulary_files, ""),
+    "preprocessor_config.json": (_with_preprocessor_config, ""),
+    "the fast image processor": (processor(image_processor_type="BlipImageProcessorFast", device="cuda"), ""),
+    "no generation_config.json": (remove("generation_config.json"), ""),
+    "no architectures": (edit("config.json", lambda config: config.pop("architectures")), ""),
+    "no language model's type": (edit("config.json", lambda config: config["text_config"].pop("model_type")), ""),
+    "fields of old releases": (
+        put(use_decoder_only_language_model=True, text_config___name_or_path="x/y", text_config__pruned_heads={}),
+        "",
+    ),
+    "Windows line ends": (
+        lambda folder: write("config.json", (folder / "config.json").read_bytes().replace(b"\n", b"\r\n"))(folder),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_checkpoints_as_people_have_them(name: str, checkpoint: Path, random_checkpoint: Path) -> None:
+    change, note = ACCEPTED[name]
+    change(checkpoint)
+    opened = open_checkpoint(str(checkpoint))
+    check_tokenizer(opened)
+    assert note in " ".join(opened.notes) if note else not opened.notes
+    expected = load_file(random_checkpoint / "model.safetensors")
+    found = load_model(opened).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("below", "message"),
+    [
+        ("model.safetensors", r"is a file, but a checkpoint is a folder in the .*: did you mean .*/checkpoint\?$"),
+        ("..", r"holds no config.json: did you mean .*/checkpoint\?$"),
+        ("qformer_tokenizer", r"holds no config.json: did you mean .*/checkpoint\?$"),
+    ],
+)
+def test_a_path_beside_the_checkpoint(below: str, message: str, checkpoint: Path) -> None:
+    (checkpoint / "qformer_tokenizer").mkdir()
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(str(checkpoint / below))
+    with pytest.raises(CheckpointError, match=r"a revision \(v1\) belongs to a hub id, and .* is a folder"):
+        open_checkpoint(str(checkpoint), revision="v1")
+
+
+def test_names_that_are_not_ascii(checkpoint: Path) -> None:
+    folder = checkpoint.rename(checkpoint.with_name("ünï cøde 日本 $(x)"))
+    assert open_checkpoint(str(folder)).name == folder.name
+
+
+@pytest.mark.parametrize("side", [224, 364])
+def test_images_are_resized_by_pillow_beside_torchvision(
+    side: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers finds a torchvision; what it would load for it is a class that stands for its form."""
+    import transformers
+    from transformers.models.auto import image_processing_auto as auto
+
+    class Torchvision(transformers.BlipImageProcessorPil):
+        pass
+
+    load = auto.get_image_processor_class_from_name
+    monkeypatch.setattr(auto, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(
+        auto,
+        "get_image_processor_class_from_name",
+        lambda name: Torchvision if name == "BlipImageProcessor" else load(name),
+    )
+    monkeypatch.setattr(transformers, "BlipImageProcessor", Torchvision)
+    both(put(vision_config__image_size=side), processor(size={"height": side, "width": side}))(checkpoint)
+    images = open_checkpoint(str(checkpoint)).processor.image_processor
+    assert type(images) is transformers.BlipImageProcessorPil
+    assert images(make_images(1), return_tensors="np")["pixel_values"].shape == (1, 3, side, side)
+    assert type(transformers.Blip2Processor.from_pretrained(checkpoint).image_processor) is Torchvision
 
 
 def test_half_precision_weights_load_in_fp32(checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from blipstream_export.build import build
 
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
@@ -13,12 +14,15 @@ from tests.export.damage import (
     Fault,
     append,
     both,
+    copy,
     cut,
     edit,
+    link,
     other_tokenizer,
     processor,
     put,
     remove,
+    rename,
     shard,
     shards,
     weights,
@@ -37,6 +41,24 @@ FAULTS: dict[str, tuple[Fault, type[CheckpointError], str]] = {
         put(architectures=["Blip2ForImageTextRetrieval"]),
         UnsupportedCheckpointError,
         "architecture Blip2ForImageTextRetrieval",
+    ),
+    **{
+        f"quantized by {method}": (
+            put(**{field: {"quant_method": method}}),
+            UnsupportedCheckpointError,
+            rf"is quantized \({method}\), and Blipstream builds from weights in floating point",
+        )
+        for method, field in {"bitsandbytes": "quantization_config", "gptq": "text_config__quantization_config"}.items()
+    },
+    "a section that is none": (
+        put(text_config=[1]),
+        UnsupportedCheckpointError,
+        r"text_config of .* must be a JSON object, but it is \[1\]",
+    ),
+    "images that are no squares": (
+        put(vision_config__image_size=[28, 28]),
+        UnsupportedCheckpointError,
+        r"image_size must be one number, the side of a square, but it is \[28, 28\]",
     ),
     "another language model": (
         put(text_config__model_type="gpt2"),
@@ -93,7 +115,7 @@ FAULTS: dict[str, tuple[Fault, type[CheckpointError], str]] = {
     "weights of another format": (
         write("model.safetensors", b"PK\x03\x04 a pickle of torch"),
         CheckpointError,
-        r"is not a safetensors file: it declares a header of \d+ bytes",
+        r"is not a safetensors file: it begins with b'PK",
     ),
     "weights with a broken header": (
         write("model.safetensors", (2).to_bytes(8, "little") + b"[]"),
@@ -120,7 +142,102 @@ FAULTS: dict[str, tuple[Fault, type[CheckpointError], str]] = {
         CheckpointError,
         "has no weight_map",
     ),
+    "a shard missing, and the index": (
+        shards(both(remove("model.safetensors.index.json"), lambda folder: shard(folder, 1).unlink())),
+        CheckpointError,
+        r"lacks the shard model-00002-of-\d+.safetensors, and the index",
+    ),
+    "shards of two models": (
+        shards(both(remove("model.safetensors.index.json"), copy("config.json", "model-00001-of-00099.safetensors"))),
+        CheckpointError,
+        r"holds several series of shards \(model-\*-of-\d+, model-\*-of-00099\) and no model.safetensors.index.json",
+    ),
+    "shards of which two hold a tensor": (
+        shards(
+            both(remove("model.safetensors.index.json"), lambda folder: shutil.copy(shard(folder, 0), shard(folder, 1)))
+        ),
+        CheckpointError,
+        "both hold the tensor .*, and no model.safetensors.index.json says which one counts",
+    ),
+    "several files of unknown names": (
+        both(copy("model.safetensors", "b.safetensors"), rename("model.safetensors", "a.safetensors")),
+        CheckpointError,
+        r"holds several weight files \(a.safetensors, b.safetensors\): expected model.safetensors",
+    ),
+    "an index of numbers": (
+        shards(write("model.safetensors.index.json", b'{"weight_map": {"query_tokens": 3}}')),
+        CheckpointError,
+        "has no weight_map",
+    ),
+    "weights that a training leaves": (
+        both(remove("model.safetensors"), write("training_args.bin", b"x")),
+        CheckpointError,
+        "holds no weights: expected",
+    ),
+    "weights of llama.cpp": (
+        both(remove("model.safetensors"), write("blip2-q4.gguf", b"x")),
+        CheckpointError,
+        "holds its weights as blip2-q4.gguf, and Blipstream reads safetensors",
+    ),
+    "a download that was not finished": (
+        lambda folder: both(remove("model.safetensors"), link("../blobs/3f", "model.safetensors"))(folder),
+        CheckpointError,
+        "model.safetensors is a link to a file that is not there: its download was not finished",
+    ),
+    **{
+        f"a Git LFS pointer in place of {name}": (
+            write(name, b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
+            CheckpointError,
+            f"{name} is a Git LFS pointer and not the file itself: run `git lfs pull`",
+        )
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "processor_config.json")
+    },
+    **{
+        f"a byte order mark in {name}": (
+            lambda folder, name=name: write(name, b"\xef\xbb\xbf" + (folder / name).read_bytes())(folder),
+            CheckpointError,
+            f"{name} begins with a byte order mark: save it as UTF-8 without one",
+        )
+        for name in ("config.json", "tokenizer.json", "processor_config.json")
+    },
+    "a comment in the configuration": (
+        write("config.json", b'// of BLIP-2\n{"model_type": "blip-2"}'),
+        CheckpointError,
+        "config.json is not valid JSON: Expecting value: line 1 column 1",
+    ),
+    "an adapter": (
+        both(
+            remove("config.json"),
+            rename("model.safetensors", "adapter_model.safetensors"),
+            write("adapter_config.json", b"{}"),
+        ),
+        CheckpointError,
+        r"holds an adapter \(adapter_config.json\), and a whole checkpoint was expected: merge it into its base",
+    ),
+    "an adapter beside a configuration": (
+        both(rename("model.safetensors", "adapter_model.safetensors"), write("adapter_config.json", b"{}")),
+        CheckpointError,
+        "holds an adapter",
+    ),
     # --- contents that do not fit together
+    "names with a prefix": (
+        weights(lambda tensors: [tensors.update({f"module.{name}": tensors.pop(name)}) for name in list(tensors)]),
+        CheckpointError,
+        "lacks the tensor query_tokens .*: its tensors' names begin with 'module.', which has to be cut off",
+    ),
+    **{
+        f"weights of type {name}": (
+            weights(lambda tensors, dtype=dtype: tensors.update(query_tokens=tensors["query_tokens"].to(dtype))),
+            CheckpointError,
+            f"the tensor query_tokens in .* is of type {name}: expected one of F64, F32, F16, BF16",
+        )
+        for name, dtype in {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}.items()
+    },
+    "weights that are no numbers": (
+        weights(lambda tensors: tensors["language_projection.bias"].fill_(float("nan"))),
+        CheckpointError,
+        "computes infinite values or NaN in fp32: its tensor language_projection.bias holds such values",
+    ),
     "a tensor missing": (
         weights(lambda tensors: tensors.pop("language_projection.weight")),
         CheckpointError,
@@ -172,6 +289,16 @@ FAULTS: dict[str, tuple[Fault, type[CheckpointError], str]] = {
         remove("processor_config.json"),
         CheckpointError,
         "holds no image processor: expected one of processor_config.json, preprocessor_config.json",
+    ),
+    "a processor of placeholders only": (
+        edit("processor_config.json", lambda config: config.pop("image_processor")),
+        CheckpointError,
+        "holds no image processor",
+    ),
+    "a tokenizer that needs conversion": (
+        both(remove("tokenizer.json"), write("spiece.model", b"x")),
+        CheckpointError,
+        r"\(it has no tokenizer.json: making one needs sentencepiece or tiktoken\) cannot be loaded",
     ),
     "a larger tokenizer": (
         other_tokenizer(vocab_size=330),

@@ -208,7 +208,7 @@ def _processor(family: Family, config: Any, tokenizers: Sequence[Any]) -> Any:
     from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     side = config.vision_config.image_size
-    images = transformers.BlipImageProcessor(
+    images = transformers.BlipImageProcessorPil(
         size={"height": side, "width": side}, resample=3, image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD
     )
     processor = getattr(transformers, family.image_side.processor)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from blipstream.errors import CheckpointError
+from blipstream_export.files import check_readable
 
 _UNSUPPORTED = re.compile(r"GLOBAL (\S+)")
 
@@ -29,6 +30,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         found = "is not a file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {found}, and a .pth file of tensors was expected there")
+    check_readable(path)
     contents = _load(path)
     if isinstance(contents, dict) and isinstance(contents.get("model"), dict):
         contents = contents["model"]

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
-from blipstream_export.checkpoint import CONFIG_FILE
 from blipstream_export.faults import faults_of
+from blipstream_export.files import read_json
 from blipstream_export.lavis.files import read_tensors
+from blipstream_export.location import CONFIG_FILE
 from blipstream_export.processors import check_files
-from blipstream_export.weights import INDEX_FILE, WEIGHTS_FILE, read_headers, read_json
+from blipstream_export.weights import INDEX_FILE, WEIGHTS_FILE, indexed_files, read_headers, weight_files
 
 PREFIX = "language_model."
 """What stands before a language model's names in a composed checkpoint."""
@@ -91,23 +92,10 @@ def _weight_files(folder: Path) -> list[tuple[Path, Callable[[Path], dict[str, T
     if not any((folder / name).is_file() for name in (INDEX_FILE, WEIGHTS_FILE)):
         for pickle in (_INDEX, _PICKLE):
             if (folder / pickle).is_file():
-                return [(path, read_tensors) for path in _shards(folder, pickle)]
+                paths = indexed_files(folder / pickle) if pickle == _INDEX else [folder / pickle]
+                return [(path, read_tensors) for path in paths]
     read_headers(folder)  # it refuses what is missing or damaged
-    index = INDEX_FILE if (folder / INDEX_FILE).is_file() else WEIGHTS_FILE
-    return [(path, load_file) for path in _shards(folder, index)]
-
-
-def _shards(folder: Path, index: str) -> list[Path]:
-    if not index.endswith(".json"):
-        return [folder / index]
-    weight_map = read_json(folder / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / index} has no weight_map that says which shard holds each tensor")
-    paths = [folder / name for name in sorted(set(weight_map.values()))]
-    for path in paths:
-        if not path.is_file():
-            raise CheckpointError(f"{folder} lacks the shard {path.name}, one of {len(paths)} that its index names")
-    return paths
+    return [(path, load_file) for path in weight_files(folder)]
 
 
 def _set_up_opt(config: Any, tokenizer: Any) -> tuple[str, ...]:

@@ -85,6 +85,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (_write({"epoch": 1, "lr": 0.1}), r"holds no tensors by name.*it has: epoch, lr"),
     "nothing": (_write({"model": {}}), r"holds no tensors by name.*it has: nothing"),
     "numpy": (_write({"model": TENSORS, "best": np.float64(1)}), r"needs code to be read \(numpy\..*scalar\)"),
+    "a Git LFS pointer": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"),
+        "is a Git LFS pointer and not the file itself: run `git lfs pull`",
+    ),
     "TorchScript": (_script, "is a TorchScript archive, which holds code"),
 }
 
