@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from blipstream_client import Client
 from blipstream_export.build import BuildOptions, build
@@ -18,8 +21,10 @@ from blipstream_export.cli import show
 from rich.console import Console
 from rich.table import Table
 
+from blipstream.errors import BlipstreamError
 from blipstream.triton.server import TritonServer
 
+interrupted = False
 DEMO = Path(__file__).resolve().parent
 CHECKPOINT = DEMO / "checkpoint"
 IMAGES = DEMO / "images"
@@ -34,10 +39,13 @@ def main() -> int:
     console.rule("1. Build: the checkpoint becomes a bundle")
     show(build(str(CHECKPOINT), bundle, BuildOptions(replace=True)), console)
     console.rule("2. Serve: tritonserver on this machine")
+    check_interrupt()
+    console.print("loading the models")
     with TritonServer(bundle) as server:
         console.print(f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}")
         console.rule("3. Ask: image files, over gRPC")
         right = ask_all(console, server.grpc_url)
+    check_interrupt()
     console.print("the server has stopped")
     print_next_steps(console, bundle)
     return 0 if right else 1
@@ -65,7 +73,7 @@ def print_next_steps(console: Console, bundle: Path) -> None:
     image = f"demo/images/{json.loads((IMAGES / 'samples.json').read_text())[0]['file']}"
     for line in (
         "source .venv/bin/activate",
-        f"blipstream serve {bundle}                     # in one terminal; it prints its endpoints",
+        f"blipstream serve {shlex.quote(str(bundle))}                     # in one terminal; it prints its endpoints",
         f"blipstream caption {image} --url localhost:8001      # in another",
         f'blipstream ask {image} "How many objects are there?"',
         f"blipstream chat {image}",
@@ -73,5 +81,25 @@ def print_next_steps(console: Console, bundle: Path) -> None:
         console.print(f"  {line}", highlight=False, soft_wrap=True)
 
 
+def interrupt(*_: object) -> NoReturn:
+    """Answer Ctrl-C; a library that swallows the exception puts it off until :func:`check_interrupt`."""
+    global interrupted
+    interrupted = True
+    raise KeyboardInterrupt
+
+
+def check_interrupt() -> None:
+    """Raise KeyboardInterrupt if Ctrl-C came before."""
+    if interrupted:
+        raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing is left running", file=sys.stderr)
+        sys.exit(130)
+    except BlipstreamError as error:
+        sys.exit(f"demo: {error}")

@@ -122,15 +122,18 @@ def test_the_copied_files_make_a_wheel_that_has_the_models(instructions: list[tu
 # --- compose -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def service() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["blipstream"]
+SERVICES = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+
+
+@pytest.fixture(scope="module", params=["blipstream", "cpu"])
+def service(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found: dict[str, Any] = SERVICES[request.param]
     return found
 
 
 def test_compose_is_one() -> None:
     data = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-    assert set(ComposeSpecification.model_validate(data).services) == {"blipstream"}
+    assert set(ComposeSpecification.model_validate(data).services) == {"blipstream", "cpu"}
 
 
 def test_compose_builds_this_dockerfile(service: dict[str, Any]) -> None:
@@ -152,9 +155,11 @@ def test_compose_publishes_on_the_loopback_address(
     assert [port.split(":")[2] for port in service["ports"]] == values(instructions, "EXPOSE")[0].split()
 
 
-def test_compose_reserves_a_gpu(service: dict[str, Any]) -> None:
-    (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+def test_compose_reserves_a_gpu_for_one_service() -> None:
+    (device,) = SERVICES["blipstream"]["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    assert not SERVICES["cpu"]["deploy"]
+    assert (SERVICES["cpu"]["profiles"], "profiles" in SERVICES["blipstream"]) == (["cpu"], False)
 
 
 def test_compose_waits_for_the_drain(service: dict[str, Any]) -> None:

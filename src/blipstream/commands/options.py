@@ -11,9 +11,17 @@ from typing import Any, get_type_hints
 Command = Callable[..., None]
 
 
-def with_options(kind: type) -> Callable[[Command], Command]:
-    """Give a command, in place of its last parameter ``options``, the options that a dataclass has as its fields."""
+def with_options(kind: type, variables: str | None = None) -> Callable[[Command], Command]:
+    """Give a command, in place of its last parameter ``options``, the options that a dataclass has as its fields.
+
+    Args:
+        kind: the dataclass.
+        variables: begins the name of the environment variable that sets an option which is not given; None sets none.
+    """
     hints = get_type_hints(kind, include_extras=True)
+    if variables is not None:
+        for name, hint in hints.items():
+            hint.__metadata__[0].envvar = f"{variables}{name.upper()}"
     shared = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from blipstream.commands.options import with_options
 from blipstream.commands.requests import complain, printable
-from blipstream.config import ServerConfig
+from blipstream.config import PREFIX, ServerConfig
 from blipstream.errors import BlipstreamError, ServerStartError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ModelOptions:
     ] = _DEFAULTS.stop_grace
 
 
-@with_options(ModelOptions)
+@with_options(ModelOptions, PREFIX)
 def serve(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `blipstream build` wrote.")],
     grpc_port: Annotated[int, typer.Option(help="Port for gRPC on the loopback address; 0 chooses a free one.")] = 8001,
@@ -91,7 +91,7 @@ def serve(
 ) -> None:
     """Serve a bundle on Triton, on this machine, until Ctrl-C or SIGTERM."""
     try:
-        config = ServerConfig(**asdict(options))
+        config = replace(ServerConfig.from_environment(), **asdict(options))
         from blipstream.triton.server import TritonServer
 
         server = TritonServer(

@@ -163,9 +163,12 @@ class MetricsPublisher:
         self._thread.start()
 
     def close(self) -> None:
-        """Publish once more, then stop."""
+        """Publish once more, then stop and free the metrics, each before its family, while the server still runs."""
         self._stopping.set()
         self._thread.join()
+        self._by_name.clear()
+        self._by_outcome.clear()
+        self._families.clear()
 
     def publish(self) -> None:
         """Publish what has changed."""

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from blipstream.bundle import check_bundle, sha256
+from blipstream.cli import app
 from blipstream.config import ServerConfig
 from blipstream.errors import BlipstreamError, BundleError, ServerStartError
 from blipstream.manifest import FileEntry, Manifest
@@ -224,6 +226,24 @@ def test_what_of_the_environment_is_handed_on(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert Installation.find().environment(1).get(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "expected"),
+    [
+        ([], {"BLIPSTREAM_QUEUE_SIZE": "7", "BLIPSTREAM_PREFILL_BUDGET": "9"}, (7, 9)),
+        (["--queue-size", "5"], {"BLIPSTREAM_QUEUE_SIZE": "7"}, (5, ServerConfig().prefill_budget)),
+    ],
+)
+def test_serve_reads_settings_from_the_environment(
+    options: list[str], variables: dict[str, str], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, config: ServerConfig, **__: object) -> None:
+        raise ServerStartError(f"settings {config.queue_size} {config.prefill_budget}")
+
+    monkeypatch.setattr(server_module, "TritonServer", refuse)
+    result = CliRunner().invoke(app, ["serve", *options, "bundle"], env=variables)
+    assert (result.exit_code, result.stderr) == (1, "blipstream serve: settings {} {}\n".format(*expected))
 
 
 def test_relative_import_folders_are_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,6 +97,7 @@ class Registry:
         self.metrics: dict[tuple[str, str], Metric] = {}
         self.buckets: dict[str, Any] = {}
         self.kinds: dict[str, str] = {}
+        self.families: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def family(self, name: str, description: str, kind: str) -> Any:
         assert description
@@ -107,7 +110,9 @@ class Registry:
                 registry.buckets[name] = buckets
                 return registry.metrics.setdefault((name, labels.get("outcome", "")), Metric())
 
-        return Family()
+        family = Family()
+        registry.families.add(family)
+        return family
 
     def __getitem__(self, name: str) -> Metric:
         return self.metrics[f"blipstream_{name}", ""]
@@ -152,8 +157,11 @@ def test_the_publisher_publishes_a_last_time_when_it_is_closed() -> None:
     publisher = MetricsPublisher(metrics, dict, registry.family, {"model": "blip2"}, interval=1000)
     publisher.start()
     metrics.on_outcome("stop", 1.0)
+    assert registry.families
     publisher.close()
     assert registry.outcome("stop") == 1
+    gc.collect()
+    assert not registry.families, "what is freed after the server has gone crashes the process"
 
 
 def test_a_failure_to_publish_does_not_end_the_thread(caplog: pytest.LogCaptureFixture) -> None:
