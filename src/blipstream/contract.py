@@ -38,10 +38,6 @@ TOKENIZER_FILE = "tokenizer.json"
 QFORMER_TOKENIZER_FILE = "qformer_tokenizer.json"
 """Tokenizer of a Q-Former that reads instructions, beside the language model's."""
 
-EMBEDDED_CONFIG = "embedded"
-"""Name of a model's configuration for the pip-installed server, which has Python's backend alone, where the model has
-another for NVIDIA's container (``tritonserver --model-config-name``)."""
-
 DType = Literal["FP32", "FP16", "INT64", "INT32", "UINT64", "BOOL", "BYTES"]
 """Tensor types, by Triton's client-side names."""
 

@@ -7,7 +7,7 @@ import string
 from collections.abc import Mapping
 from pathlib import Path
 
-from blipstream.contract import EMBEDDED_CONFIG, MODEL_NAMES, MODEL_VERSION
+from blipstream.contract import MODEL_NAMES, MODEL_VERSION
 from blipstream.errors import BundleError
 from blipstream.manifest import Manifest
 
@@ -64,7 +64,7 @@ def copy_models(
         instructed: whether the Q-Former reads instructions; models with another configuration then have it beside
             the plain one, as ``config.instructed.pbtxt``.
         backend: of Triton, for the models that another than Python's can run; these have a configuration for it, as
-            ``config.tensorrt.pbtxt``, and keep Python's as the one called :data:`~blipstream.contract.EMBEDDED_CONFIG`.
+            ``config.tensorrt.pbtxt``.
 
     Raises:
         BundleError: a model of the contract is missing, or a configuration uses a name that has no value.
@@ -82,22 +82,14 @@ def copy_models(
             ignore=shutil.ignore_patterns("__pycache__", ".*", "*.pyc", "*.pbtxt"),
         )
         (target / MODEL_VERSION).mkdir(exist_ok=True)  # an ensemble's is empty, and git keeps no such folder
-        plain, variants = _templates(model, instructed, backend)
-        for template, path in (
-            (plain, target / CONFIG_FILE),
-            *((other, target / path) for path, other in variants.items()),
-        ):
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(_fill(template, values), encoding="utf-8")
+        text = _fill(_template(model, instructed, backend), values)
+        (target / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def _templates(model: Path, instructed: bool, backend: str) -> tuple[Path, dict[str, Path]]:
-    """Template of a model's ``config.pbtxt``, and those of the configurations beside it, by their paths."""
+def _template(model: Path, instructed: bool, backend: str) -> Path:
     kind = "instructed." if instructed and (model / "config.instructed.pbtxt").is_file() else ""
-    plain, other = model / f"config.{kind}pbtxt", model / f"config.{kind}{backend}.pbtxt"
-    if not other.is_file():
-        return plain, {}
-    return other, {f"configs/{EMBEDDED_CONFIG}.pbtxt": plain}
+    other = model / f"config.{kind}{backend}.pbtxt"
+    return other if other.is_file() else model / f"config.{kind}pbtxt"
 
 
 def _fill(config: Path, values: Mapping[str, int | str]) -> str:

@@ -22,6 +22,7 @@ from blipstream.engines import open_engine
 from blipstream.engines.platform import check_platform
 from blipstream.errors import BundleError, EngineError
 from blipstream.manifest import Manifest, PlanSection
+from blipstream.repository import write_models
 from tests.export.language_models import CAPACITY, make_model, module_of
 from tests.simulated import simulated_gpu
 from tests.support.checkpoints import TinySizes, save_blip2_opt
@@ -70,8 +71,9 @@ def test_a_bundle_of_plans(bundle: Path) -> None:
     assert {path.name for path in bundle.parent.iterdir()} == {"bundle", "checkpoint"}  # no graph is left
 
 
-def test_the_container_runs_the_image_in_its_own_backend(bundle: Path) -> None:
+def test_the_container_runs_the_image_in_its_own_backend(bundle: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(bundle)
+    write_models(tmp_path, manifest, embedded=True)
     specs = {spec.name: spec for spec in manifest.models}
     for name in ("vision_encoder", "qformer"):
         config = read_config(bundle / name / "config.pbtxt")
@@ -79,7 +81,7 @@ def test_the_container_runs_the_image_in_its_own_backend(bundle: Path) -> None:
         assert list(config.instance_group[0].profile) == ["0", "1"]
         assert config.max_batch_size == 2
         assert tensors(config) == tensors_of(specs[name], manifest)
-        embedded = read_config(bundle / name / "configs" / "embedded.pbtxt")
+        embedded = read_config(tmp_path / name / "config.pbtxt")
         assert embedded.backend == "python"
         assert tensors(embedded) == tensors(config)
 
