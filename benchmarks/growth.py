@@ -55,8 +55,6 @@ _TIMES = 5
 """Of each point of the curves that go one at a time."""
 _TIMEOUT_S = 3600.0
 _BULK_NICENESS = 10
-_SETTLE_S = 1.0
-"""Longer than the time between two publications of the metrics."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +145,9 @@ class Curves:
             if images:
                 requests = [replace(request, prompt=QUESTIONS[i % 2]) for i, request in enumerate(requests)]
             self._send(requests[:2] if images else workload.requests(2, 0), 1)
-            time.sleep(_SETTLE_S)
             before = self._meter.read()
             run = self._send(requests, clients)
             figures = figures_of(run.records)
-            time.sleep(_SETTLE_S)
             counters = self._meter.read().since(before)["counters"]
             engine = counters["prefill_seconds"] + counters["decode_seconds"]
             yield Point(

@@ -1,13 +1,10 @@
-"""The benchmarks: the closed loop and the queue with systems made for it, rows and plots; and the whole, quickly."""
+"""The benchmarks: the closed loop and the queue with systems made for it, rows and plots."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import platform
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -24,7 +21,6 @@ from benchmarks.plot import draw
 from benchmarks.rows import Load, Round, Row, Setting, append_rows, make_rows, read_rows
 from benchmarks.setting import cpu_model
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SETTING = Setting("2026-01-02T03:04:05+00:00", "cpu, model", 2, 2, 0.5, "1", "2", "3", "4", "5", "demo", "python -m x")
 
 
@@ -228,37 +224,6 @@ def test_plan_measures_each_system_in_each_round_on_the_same_requests() -> None:
         assert [len(rounds[load][name]) for name in ("one", "other")] == [2, 2]
         assert all(entry.outputs_equal == 1 for entry in rounds[load]["other"])
     assert sorted(one.images) == sorted(other.images)
-
-
-@pytest.mark.server
-@pytest.mark.slow
-def test_quick_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--work", tmp_path / "work"]
-    subprocess.run([*command, "--results", tmp_path / "results"], cwd=REPOSITORY, check=True)
-    with (tmp_path / "results" / "serving.csv").open(newline="") as file:
-        assert next(csv.reader(file)) == [field.name for field in dataclasses.fields(Row)]
-    rows = read_rows(tmp_path / "results" / "serving.csv", Row)
-    assert {row.system for row in rows} == {
-        "blipstream",
-        "transformers-sequential",
-        "transformers-batch-4",
-        "transformers-batch-16",
-    }
-    assert {(row.workload, row.concurrency) for row in rows} == {
-        ("distinct", 1),
-        ("distinct", 4),
-        ("distinct", 16),
-        ("repeated", 16),
-    }
-    assert len(rows) == 16
-    for row in rows:
-        assert row.outputs_equal == 1
-        assert row.checkpoint == "demo/checkpoint"
-        assert row.request_throughput > 0
-        assert 0 < row.time_to_first_token_p50_ms <= row.request_latency_p50_ms <= row.request_latency_p95_ms
-    for workload_name in ("distinct", "repeated"):
-        with Image.open(tmp_path / "results" / f"serving-{workload_name}.png") as image:
-            assert image.format == "PNG"
 
 
 UNNAMED = platform.processor() or platform.machine()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blipstream_export.build import BuildOptions, BuildResult, build
+from blipstream_export.build import BuildOptions, BuildResult
 from typer.testing import CliRunner
 
 from blipstream.cli import app
 from blipstream.planning.stages import StageTimes
+from tests.support.bundles import bundle_of, checkpoint_of
 from tests.support.instructblip import save_instructblip
 
 runner = CliRunner()
@@ -31,8 +32,7 @@ def test_a_bundle_is_measured_and_planned_with(random_bundle: BuildResult, tmp_p
     assert again.output.splitlines()[-1] == measured.output.splitlines()[-1]
 
 
-def test_a_q_former_that_reads_instructions_is_given_one(tmp_path: Path) -> None:
-    checkpoint = save_instructblip(tmp_path / "checkpoint")
-    build(str(checkpoint), tmp_path / "bundle", BuildOptions(max_sequences=2))
-    found = runner.invoke(app, ["plan", str(tmp_path / "bundle")])
+def test_a_q_former_that_reads_instructions_is_given_one() -> None:
+    checkpoint = checkpoint_of(save_instructblip, "llama", seed=3)
+    found = runner.invoke(app, ["plan", str(bundle_of(checkpoint, BuildOptions(max_sequences=5)))])
     assert found.exit_code == 0, found.output

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +34,6 @@ from benchmarks.kernels import (
     usual_multiply_adds,
 )
 
-REPOSITORY = Path(__file__).parents[2]
 rehearsal = pytest.mark.skipif(not INTERPRETED.value, reason="TRITON_INTERPRET=1 rehearses it")
 BENCH = Bench("cpu", 0.01, "rehearsal", 10.0, {"fp16": 1.0})
 
@@ -175,10 +171,7 @@ def test_interpreted_kernels_are_not_timed_on_a_gpu(
     assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
-def test_a_rehearsal_needs_the_interpreter() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path or "." for path in sys.path)
-    command = [sys.executable, "-m", "benchmarks.kernels", "--device", "cpu"]
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "benchmarks.kernels: a rehearsal on the CPU needs TRITON_INTERPRET=1\n"
+def test_a_rehearsal_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", type(INTERPRETED)(False))
+    assert kernels.main(["--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "benchmarks.kernels: a rehearsal on the CPU needs TRITON_INTERPRET=1\n"

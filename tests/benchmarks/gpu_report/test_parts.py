@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
+import runpy
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from benchmarks.fullsize import measure as fullsize
+from benchmarks.fullsize.measure import Built
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import parts
+from benchmarks.gpu import parts, timing
 from benchmarks.gpu.environment import Environment, parse_smi
 from benchmarks.gpu.parts import NO_GPU, Part, Plan, make_parts, reason_to_skip
 from benchmarks.gpu.rows import CAPTION, STEP, read_rows
 from benchmarks.gpu.runner import Outcome, run_part
 from tests.benchmarks.gpu_report.machines import DATA_CENTRE, NOTHING
+from tests.server.test_faithful import SEEDS, VARIANTS
+from tests.support.bundles import bundle_of, checkpoint_of
+from tests.support.checkpoints import save_blip2
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -298,29 +305,50 @@ def test_the_probe_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
 # --- for real, on the CPU ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def built() -> tuple[Path, Path]:
+    """A checkpoint and its bundle; others have them built, too."""
+    checkpoint = checkpoint_of(save_blip2, "opt", seed=SEEDS["opt"], text=VARIANTS["opt"])
+    return checkpoint, bundle_of(checkpoint)
+
+
 @pytest.mark.slow
-def test_a_rehearsal_measures_the_demo_checkpoint(tmp_path: Path) -> None:
-    """The code that runs on a GPU, on the CPU: transformers eager and compiled, Blipstream on ONNX Runtime."""
-    options = ["--device=cpu", "--dtype=fp32", "--checkpoint=demo/checkpoint", "--seconds=0.1"]
-    arguments = [*options, "--compile-backend=eager", f"--report={tmp_path / 'report'}", f"--work={tmp_path / 'work'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    text = (tmp_path / "report" / "report.md").read_text()
-    assert done.returncode == 0, done.stdout + done.stderr + text
+def test_a_rehearsal_measures_a_checkpoint(
+    built: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code that runs on a GPU, on the CPU, the parts in this process: transformers eager and compiled, Blipstream
+    on ONNX Runtime."""
+
+    def build(_checkpoint: Path, bundle: Path, *_options: str) -> Built:
+        bundle.parent.mkdir(parents=True)
+        bundle.symlink_to(built[1])
+        return Built(1.0, 1, "built")
+
+    def run_here(arguments: Sequence[str], folder: Path, *_: object, **__: object) -> Outcome:
+        folder.mkdir(parents=True, exist_ok=True)
+        _, _, module, *options = arguments
+        with monkeypatch.context() as patch, warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")
+            patch.setattr(sys, "argv", [module, *options])
+            runpy.run_module(module, run_name="__main__")
+        outcome = Outcome("done")
+        outcome.write(folder)
+        return outcome
+
+    monkeypatch.setattr(timing, "WARM_UP", 0)
+    monkeypatch.setattr(timing, "LEAST", 1)
+    monkeypatch.setattr(fullsize, "build", build)
+    monkeypatch.setattr(command, "run_part", run_here)
+    report = tmp_path / "report"
+    options = ["--device=cpu", "--dtype=fp32", f"--checkpoint={built[0]}", "--seconds=0"]
+    arguments = [*options, "--compile-backend=eager", f"--report={report}", f"--work={tmp_path / 'work'}"]
+    assert command.main(arguments) == 0
+    text = (report / "report.md").read_text()
     assert "onnxruntime 100.0%, transformers-compiled 100.0%" in text, "all three generate the same tokens"
-    rows = read_rows(tmp_path / "report" / "rows.csv")
+    rows = read_rows(report / "rows.csv")
     captions = {(row.system, row.batch) for row in rows if row.what == CAPTION}
     systems = ("transformers-eager", "transformers-compiled", "blipstream-onnxruntime")
     assert captions == {(system, batch) for system in systems for batch in (1, 8)}
     assert {row.batch for row in rows if row.what == STEP} == {1, 2, 4, 8, 16}
     assert "| onnxruntime | decode step | 1 | bandwidth |" in text
-    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {
-        "caption.png",
-        "decode-step.png",
-        "prefill.png",
-    }
+    assert {path.name for path in report.glob("*.png")} == {"caption.png", "decode-step.png", "prefill.png"}
