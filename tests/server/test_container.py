@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 class Container:
     """``python3 -m blipstream.triton.container`` as process of its own."""
 
-    def __init__(self, bundle: Path, folder: Path) -> None:
+    def __init__(self, bundle: Path, folder: Path, temporary: str) -> None:
         installation = Installation.find()
         backends = folder / "backends"
         backends.mkdir()
@@ -38,7 +39,7 @@ class Container:
         with (folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "blipstream.triton.container", str(bundle), *options],
-                env={**environment, "TMPDIR": str(folder)},
+                env={**environment, "TMPDIR": temporary},
                 stdout=log,
                 stderr=log,
             )
@@ -54,13 +55,15 @@ class Container:
 
 @pytest.fixture
 def running(bundle: Path, tmp_path: Path) -> Iterator[Container]:
-    container = Container(Path(shutil.copytree(bundle, tmp_path / "$(touch PWNED) \u00fc\udcff")), tmp_path)
-    try:
-        wait_until(container.is_ready)
-        yield container
-    finally:
-        container.process.kill()
-        container.process.wait()
+    hostile = Path(shutil.copytree(bundle, tmp_path / "$(touch PWNED) \u00fc\udcff"))
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
+        container = Container(hostile, tmp_path, temporary)
+        try:
+            wait_until(container.is_ready)
+            yield container
+        finally:
+            container.process.kill()
+            container.process.wait()
 
 
 def test_it_serves_and_drains(running: Container, image: bytes) -> None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,17 +33,16 @@ NICENESS = 3
 
 
 class Served:
-    """``blipstream serve`` in a process of its own, whose descendants are known by their temporary folder."""
+    """``blipstream serve`` in a process of its own, whose descendants are known by a variable."""
 
-    def __init__(self, bundle: Path, folder: Path, *options: str) -> None:
-        self.folder = folder / "temporary"
-        self.folder.mkdir()
+    def __init__(self, bundle: Path, folder: Path, temporary: Path, *options: str) -> None:
+        self.folder = temporary
         self.log = folder / f"{HOSTILE}.log"
         command = [str(Path(sys.executable).parent / "blipstream"), "serve", str(bundle), "--threads", "1"]
         ports = [option for name in ("grpc", "http", "metrics") for option in (f"--{name}-port", "0")]
         self.process = subprocess.Popen(
             [*command, *ports, "--log-file", str(self.log), *options],
-            env={**os.environ, "TMPDIR": str(self.folder), "COLUMNS": "200"},
+            env={**os.environ, "TMPDIR": str(self.folder), "SERVED": str(self.folder), "COLUMNS": "200"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -66,8 +66,8 @@ class Served:
         return self.process.returncode, errors
 
     def descendants(self) -> list[int]:
-        """Processes, zombies excepted, that have inherited the temporary folder."""
-        wanted = f"TMPDIR={self.folder}".encode()
+        """Processes, zombies excepted, that have inherited the variable."""
+        wanted = f"SERVED={self.folder}".encode()
         return [pid for pid in all_pids() if pid != os.getpid() and wanted in environment(pid).split(b"\0")]
 
     def server(self) -> int:
@@ -128,9 +128,10 @@ def hostile(bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(hostile: Path, tmp_path: Path) -> Iterator[Served]:
-    served = Served(hostile, tmp_path, "--stop-grace", "0.5", "--decode-niceness", str(NICENESS))
-    yield served
-    served.close()
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # of short name, so it is not passed over
+        served = Served(hostile, tmp_path, Path(temporary), "--stop-grace", "0.5", "--decode-niceness", str(NICENESS))
+        yield served
+        served.close()
 
 
 def test_a_stop_answers_who_waits_and_leaves_nothing(served: Served, image: bytes) -> None:

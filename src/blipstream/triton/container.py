@@ -21,7 +21,7 @@ from blipstream.config import ServerConfig
 from blipstream.engines.platform import check_version
 from blipstream.errors import BlipstreamError, EngineError
 from blipstream.manifest import PlanSection
-from blipstream.triton.folder import BUNDLE_VARIABLE, ServerFolder
+from blipstream.triton.folder import ServerFolder
 from blipstream.triton.installation import inherited_environment
 
 DRAIN_S = 60
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         ServerConfig.from_environment()
         folder = ServerFolder()
         folder.fill(bundle, manifest, embedded=False)
-        environment = {**inherited_environment(), BUNDLE_VARIABLE: str(folder.bundle)}
+        environment = {**inherited_environment(), **folder.environment()}
         os.execvpe(_PROGRAM, server_command(folder.models, arguments[1:]), environment)
     except BlipstreamError as error:
         fault = str(error)

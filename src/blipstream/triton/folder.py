@@ -25,6 +25,8 @@ BUNDLE_VARIABLE = "BLIPSTREAM_BUNDLE"
 """Environment variable that tells the models where the bundle is; without it, it is the model repository itself."""
 
 _SAFE = re.compile(r"/[A-Za-z0-9_./-]*", re.ASCII)
+_LONGEST = 40
+"""Characters of a place for temporary files: models put sockets into it, whose paths have 107 at most."""
 _PLACES = ("/tmp", "/var/tmp", "/dev/shm")  # mkdtemp makes a folder of our own there
 
 
@@ -66,6 +68,10 @@ class ServerFolder:
     def bundle(self) -> Path:
         """The bundle under a safe name."""
         return self.path / "bundle"
+
+    def environment(self) -> dict[str, str]:
+        """Variables that lead the models to the bundle, and their temporary files into this folder."""
+        return {BUNDLE_VARIABLE: str(self.bundle), "TMPDIR": str(self.path)}
 
     def safe(self, path: Path) -> Path:
         """A path under which a shell, or a list of paths, can have a folder: its own, or a link's.
@@ -114,7 +120,7 @@ def _make_folder() -> Path:
         places.append(tempfile.gettempdir())
     faults = []
     for place in dict.fromkeys((*places, *_PLACES)):
-        if is_safe(Path(place)):
+        if is_safe(Path(place)) and len(place) <= _LONGEST:
             try:
                 return Path(tempfile.mkdtemp(prefix="blipstream-", dir=place))
             except OSError as error:

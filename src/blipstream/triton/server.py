@@ -26,7 +26,7 @@ from blipstream.config import ServerConfig
 from blipstream.errors import ServerStartError
 from blipstream.manifest import Manifest
 from blipstream.triton import guard
-from blipstream.triton.folder import BUNDLE_VARIABLE, ServerFolder
+from blipstream.triton.folder import ServerFolder
 from blipstream.triton.installation import Installation
 from blipstream.triton.lifeline import LIFELINE_VARIABLE
 from blipstream.triton.log import LogPump, find_cause, has_failed, is_alarming, is_passing
@@ -194,7 +194,7 @@ class TritonServer:
             installation.make_backends(folder.backends)
             self._guard = subprocess.Popen(
                 [sys.executable, "-I", "-S", guard.__file__, json.dumps(self._job(installation, folder, shm_prefix))],
-                env={**environment, **self._config.to_environment(), BUNDLE_VARIABLE: str(folder.bundle)},
+                env={**environment, **self._config.to_environment(), **folder.environment()},
                 cwd=folder.path,  # the caller's may be gone, or hold modules of the models' names
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

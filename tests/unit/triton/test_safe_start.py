@@ -179,6 +179,17 @@ def test_the_bundles_own_code_is_not_what_runs(bundle: Path) -> None:
     assert "PWNED" not in contents
 
 
+@pytest.mark.parametrize("name", ["$(touch PWNED)", "long" * 20])
+def test_a_place_that_is_passed_over(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    folder = ServerFolder()
+    folder.close()
+    assert folder.path.parent == Path("/tmp")
+    assert folder.environment() == {"BLIPSTREAM_BUNDLE": f"{folder.path}/bundle", "TMPDIR": str(folder.path)}
+    assert len(f"{folder.path}/pymp-12345678/listener-12345678") < 108, "where multiprocessing puts a socket"
+
+
 def test_no_place_for_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: str) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
