@@ -10,12 +10,13 @@
 
 from __future__ import annotations
 
+from blipstream.contract import QUESTION_TEMPLATE
 from blipstream_client.aio import AsyncClient, AsyncTextStream
 from blipstream_client.answers import FinishReason, Generation, TextChunk
 from blipstream_client.chat import Conversation, Turn
 from blipstream_client.client import Client, TextStream
 from blipstream_client.images import Images, ImageSource
-from blipstream_client.options import QUESTION_TEMPLATE, DecodingOptions, question_prompt
+from blipstream_client.options import DecodingOptions, question_prompt
 from blipstream_client.transport import DEFAULT_URL
 
 __all__ = [

@@ -16,7 +16,7 @@ from blipstream.contract import BLIP2
 from blipstream_client import core, transport
 from blipstream_client.answers import Generation, TextChunk
 from blipstream_client.images import Images, image_files
-from blipstream_client.options import QUESTION_TEMPLATE, DecodingOptions, check_names, question_prompt
+from blipstream_client.options import DecodingOptions, check_names, question_prompt
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -123,6 +123,7 @@ class AsyncClient:
         self._timeout = core.check_timeout(timeout)
         self._credentials = credentials
         self._channel: Any = None
+        self._template: str | None = None
         self.closed = False
         """Whether :meth:`aclose` was called."""
 
@@ -153,12 +154,34 @@ class AsyncClient:
         image: Images,
         question: str,
         *,
-        template: str = QUESTION_TEMPLATE,
+        template: str | None = None,
         timeout: float | None = None,
         **options: Unpack[DecodingOptions],
     ) -> Generation:
-        """Answer a question about an image; ``template="{}"`` sends the question as it is."""
+        """Answer a question about an image.
+
+        The question is put into ``template``, by default :meth:`question_template`; ``"{}"`` sends it as it is.
+        """
+        template = await self.question_template(timeout=timeout) if template is None else template
         return await self.generate(image, question_prompt(question, template), timeout=timeout, **options)
+
+    async def question_template(self, *, timeout: float | None = None) -> str:
+        """How the served checkpoint was shown questions, with ``{}`` in place of one; asked of the server once.
+
+        It is BLIP-2's own where the server does not say.
+        """
+        if self._template is None:
+            timeout = self._timeout if timeout is None else core.check_timeout(timeout)
+            call = self._connected().unary_unary(
+                transport.CONFIG_METHOD,
+                request_serializer=service_pb2.ModelConfigRequest.SerializeToString,
+                response_deserializer=service_pb2.ModelConfigResponse.FromString,
+            )
+            try:
+                self._template = core.decode_template(await call(core.config_request(self._model), timeout=timeout))
+            except grpc.RpcError as error:
+                self._template = core.default_template(error, self.url, timeout)
+        return self._template
 
     async def aclose(self) -> None:
         """Close the connection; requests that are running are cancelled."""
@@ -188,7 +211,8 @@ class AsyncClient:
 
         return AsyncTextStream(self, start, timeout)
 
-    def _method(self) -> Any:
+    def _connected(self) -> Any:
+        """The channel."""
         if self.closed:
             raise core.closed(self.url)
         if self._channel is None:  # made here, because a channel belongs to the event loop that is running
@@ -196,7 +220,10 @@ class AsyncClient:
                 self._channel = grpc.aio.insecure_channel(self.url, options=transport.CHANNEL_OPTIONS)
             else:
                 self._channel = grpc.aio.secure_channel(self.url, self._credentials, options=transport.CHANNEL_OPTIONS)
-        return self._channel.unary_stream(
+        return self._channel
+
+    def _method(self) -> Any:
+        return self._connected().unary_stream(
             transport.METHOD,
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,

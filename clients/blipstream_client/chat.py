@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from blipstream_client.options import QUESTION_TEMPLATE, question_prompt
+from blipstream.contract import QUESTION_TEMPLATE
+from blipstream_client.options import question_prompt
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from blipstream.contract import BLIP2
 from blipstream_client import core, transport
 from blipstream_client.answers import Generation, TextChunk
 from blipstream_client.images import Images, image_files
-from blipstream_client.options import QUESTION_TEMPLATE, DecodingOptions, question_prompt
+from blipstream_client.options import DecodingOptions, question_prompt
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -107,6 +107,12 @@ class Client:
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
             response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
         )
+        self._config = self._channel.unary_unary(
+            transport.CONFIG_METHOD,
+            request_serializer=service_pb2.ModelConfigRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelConfigResponse.FromString,
+        )
+        self._template: str | None = None
 
     def generate(
         self, image: Images, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
@@ -133,12 +139,31 @@ class Client:
         image: Images,
         question: str,
         *,
-        template: str = QUESTION_TEMPLATE,
+        template: str | None = None,
         timeout: float | None = None,
         **options: Unpack[DecodingOptions],
     ) -> Generation:
-        """Answer a question about an image; ``template="{}"`` sends the question as it is."""
+        """Answer a question about an image.
+
+        The question is put into ``template``, by default :meth:`question_template`; ``"{}"`` sends it as it is.
+        """
+        template = self.question_template(timeout=timeout) if template is None else template
         return self.generate(image, question_prompt(question, template), timeout=timeout, **options)
+
+    def question_template(self, *, timeout: float | None = None) -> str:
+        """How the served checkpoint was shown questions, with ``{}`` in place of one; asked of the server once.
+
+        It is BLIP-2's own where the server does not say.
+        """
+        if self._template is None:
+            timeout = self._timeout if timeout is None else core.check_timeout(timeout)
+            try:
+                self._template = core.decode_template(self._config(core.config_request(self._model), timeout=timeout))
+            except grpc.RpcError as error:
+                self._template = core.default_template(error, self.url, timeout)
+            except ValueError as error:  # as in _start
+                raise core.closed(self.url) from error
+        return self._template
 
     def close(self) -> None:
         """Close the connection; requests that are running are cancelled."""

@@ -10,7 +10,13 @@ from typing import Any, cast, get_args
 import grpc
 from tritonclient.grpc import InferResult, service_pb2
 
-from blipstream.contract import BLIP2_INPUTS, ERROR_CODES, TensorSpec
+from blipstream.contract import (
+    BLIP2_INPUTS,
+    ERROR_CODES,
+    QUESTION_TEMPLATE,
+    QUESTION_TEMPLATE_PARAMETER,
+    TensorSpec,
+)
 from blipstream.errors import (
     ClientError,
     DeadlineExceededError,
@@ -178,6 +184,32 @@ def incomplete(url: str) -> ClientError:
     """The error of a stream that ended without a last chunk."""
     return ClientError(f"the server at {url} ended the stream before the text was complete")
 
+
+# --- how the checkpoint was shown questions --------------------------------------------------------------------------
+
+
+def config_request(model: str) -> service_pb2.ModelConfigRequest:
+    """The request for a model's configuration."""
+    return service_pb2.ModelConfigRequest(name=model)
+
+
+def decode_template(response: service_pb2.ModelConfigResponse) -> str:
+    """The template of questions in a model's configuration; BLIP-2's where it has none."""
+    return response.config.parameters[QUESTION_TEMPLATE_PARAMETER].string_value or QUESTION_TEMPLATE
+
+
+def default_template(error: grpc.RpcError, url: str, timeout: float | None) -> str:
+    """BLIP-2's template, for a server that gives no configurations away.
+
+    Raises:
+        ClientError: the server is out of reach, or did not answer in time.
+    """
+    if error.code().name in _NO_CONFIGURATION or "restricted" in (error.details() or ""):
+        return QUESTION_TEMPLATE
+    raise client_error(error, url, timeout) from error
+
+
+_NO_CONFIGURATION = ("UNIMPLEMENTED", "PERMISSION_DENIED", "UNAUTHENTICATED")
 
 # --- failures --------------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
+from blipstream.contract import QUESTION_TEMPLATE
 from blipstream.errors import InvalidRequestError
-
-QUESTION_TEMPLATE = "Question: {} Answer:"
-"""How BLIP-2 was shown questions (Li et al. 2023, section 4.2)."""
 
 
 class DecodingOptions(TypedDict, total=False):

@@ -24,6 +24,7 @@ from blipstream.errors import InvalidRequestError
 DEFAULT_URL = "localhost:8001"
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
+CONFIG_METHOD = "/inference.GRPCInferenceService/ModelConfig"
 
 _SERVICE_CONFIG = {
     "methodConfig": [

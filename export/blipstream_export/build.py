@@ -85,6 +85,8 @@ class BuildOptions:
     """Replace an existing bundle."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    question_template: str | None = None
+    """What clients put a question into, in place of ``{}``; by default as the family was shown questions."""
     calibration: Path | None = None
     """A folder of images like those that will be served, from which int8 learns where it must be finer, and TensorRT's
     int8 and fp8 what values to expect; by default a few synthetic images."""
@@ -109,6 +111,10 @@ class BuildOptions:
             raise BundleError(
                 f"engines are compared tensor by tensor in {', '.join(sorted(_COMPARABLE))}, in which ONNX Runtime "
                 f"computes on the CPU, and precision {self.precision!r} has {', '.join(sorted(others))}"
+            )
+        if self.question_template is not None and self.question_template.count("{}") != 1:
+            raise BundleError(
+                f"the question's template must hold {{}} exactly once, but it is {self.question_template!r}"
             )
         for name in ("max_batch", "max_sequences", "max_tokens"):
             value = getattr(self, name)
@@ -194,7 +200,7 @@ class _Build:
             sizes = _decoder_sizes(self._options, checkpoint)
             self._check_engine()
             model = load_model(checkpoint, deferred=True)
-            generation = generation_section(model, checkpoint)
+            generation = generation_section(model, checkpoint, question_template=options.question_template)
             self.notes += [*checkpoint.notes, *tokenizer_notes(checkpoint), *generation_notes(model, checkpoint)]
             needs = self._needs(model)
         with self._stage("reference"):

@@ -37,6 +37,7 @@ def build(
     max_tokens: options.MaxTokens = None,
     calibration: options.Calibration = None,
     test_set: options.TestSet = None,
+    question_template: options.QuestionTemplate = None,
     force: options.Force = False,
     no_plugins: options.NoPlugins = False,
     debug_parity: options.DebugParity = False,
@@ -80,6 +81,7 @@ def build(
                 "test_set": test_set,
                 "replace": force,
                 "revision": revision,
+                "question_template": question_template,
             }
             result = _run(source, output, chosen, observer)
     except (BlipstreamError, OSError) as error:  # of the latter: no space left, or no permission to write

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from blipstream.contract import QUESTION_TEMPLATE
 from blipstream.errors import UnsupportedCheckpointError
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class ImageSide:
     """Where the configuration has its id."""
     features: str = "get_image_features"
     """The model's method that runs ViT, Q-Former and projection."""
+    question_template: str = QUESTION_TEMPLATE
+    """How it was shown questions."""
 
 
 LANGUAGE_MODELS = (
@@ -90,12 +93,12 @@ IMAGE_SIDES = (
     ImageSide("blip2", "blip-2", "Blip2ForConditionalGeneration", "Blip2Config", "Blip2Processor"),
     ImageSide(
         "instructblip", "instructblip", "InstructBlipForConditionalGeneration", "InstructBlipConfig",
-        "InstructBlipProcessor", instructed=True,
+        "InstructBlipProcessor", instructed=True, question_template="{}",
     ),
     ImageSide(
         "instructblipvideo", "instructblipvideo", "InstructBlipVideoForConditionalGeneration",
         "InstructBlipVideoConfig", "InstructBlipProcessor", instructed=True, num_frames=4, placeholder="<video>",
-        placeholder_field="video_token_index", features="get_video_features",
+        placeholder_field="video_token_index", features="get_video_features", question_template="{}",
     ),
 )  # fmt: skip
 

@@ -61,8 +61,10 @@ def begin_token_id(checkpoint: Checkpoint) -> int | None:
     return begin if is_token(begin) and not checkpoint.instructed else None
 
 
-def generation_section(model: Any, checkpoint: Checkpoint) -> GenerationSection:
-    """The manifest's generation section.
+def generation_section(
+    model: Any, checkpoint: Checkpoint, *, question_template: str | None = None
+) -> GenerationSection:
+    """The manifest's generation section; the template of questions is that of the family unless given.
 
     Raises:
         CheckpointError: an end token is outside the vocabulary.
@@ -80,6 +82,7 @@ def generation_section(model: Any, checkpoint: Checkpoint) -> GenerationSection:
         pad_token_id=defaults.pad_token_id if is_token(defaults.pad_token_id) else None,
         image_token_id=checkpoint.placeholder_id,
         max_new_tokens=int(defaults.max_new_tokens or DEFAULT_NEW_TOKENS),
+        question_template=question_template or checkpoint.family.image_side.question_template,
         repetition_penalty=float(1.0 if defaults.repetition_penalty is None else defaults.repetition_penalty),
     )
 

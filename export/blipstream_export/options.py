@@ -63,6 +63,14 @@ TestSet = Annotated[
         show_default=False,
     ),
 ]
+QuestionTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEMPLATE",
+        help="What clients put a question into, in place of {}, unless they have their own.",
+        show_default="'Question: {} Answer:'; '{}' for InstructBLIP",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 NoPlugins = Annotated[
     bool,

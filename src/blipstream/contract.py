@@ -20,6 +20,12 @@ IMAGE_FEATURES = "image_features"
 BLIP2 = "blip2"
 BLIP2_UNARY = "blip2_unary"
 
+QUESTION_TEMPLATE = "Question: {} Answer:"
+"""How BLIP-2 was shown questions (Li et al. 2023, section 4.2)."""
+
+QUESTION_TEMPLATE_PARAMETER = "question_template"
+"""Parameter in the configuration of ``blip2`` by which a client learns how the checkpoint was shown questions."""
+
 MODEL_VERSION = "1"
 """The one version folder of each Triton model in a bundle."""
 

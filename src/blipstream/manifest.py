@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from blipstream.contract import ModelSpec, TensorSpec, triton_models
+from blipstream.contract import QUESTION_TEMPLATE, QUESTION_TEMPLATE_PARAMETER, ModelSpec, TensorSpec, triton_models
 from blipstream.errors import BundleError
 
 BUNDLE_REVISION = 2
@@ -124,6 +125,8 @@ class GenerationSection(_Section):
     max_new_tokens: int
     """New tokens when a request does not say."""
     repetition_penalty: float = 1.0
+    question_template: str = QUESTION_TEMPLATE
+    """What clients put a question into, in place of ``{}``, unless they have their own."""
 
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4"]
@@ -227,7 +230,8 @@ class Manifest(_Section):
         profiles = '"0"' if self.max_batch == 1 else '"0", "1"'
         sizes = {"max_sequences": self.decoder.max_sequences, "max_batch": self.max_batch}
         sizes["preferred_images"] = self.preferred_images
-        return {**self.dims(), **sizes, "profiles": profiles}
+        template = json.dumps(self.generation.question_template, ensure_ascii=False)[1:-1]
+        return {**self.dims(), **sizes, "profiles": profiles, QUESTION_TEMPLATE_PARAMETER: template}
 
     def shape(self, spec: TensorSpec) -> tuple[int, ...]:
         """Shape of a tensor in this bundle, without the batch dimension."""

@@ -23,6 +23,7 @@ VALUES = {
     "max_sequences": 5,
     "max_batch": 3,
     "preferred_images": 2,
+    "question_template": "{}",
 }
 
 

@@ -33,6 +33,7 @@ DECODER = "language_model.model.decoder"
             "precision 'fp8' is not built for onnxruntime: expected one of fp32",
         ),
         ({"max_sequences": 0}, BundleError, "max_sequences must be at least 1, but it is 0"),
+        ({"question_template": "Q:"}, BundleError, r"template must hold \{\} exactly once, but it is 'Q:'"),
         ({"max_tokens": -1}, BundleError, "max_tokens must be at least 1, but it is -1"),
     ],
 )
@@ -250,7 +251,10 @@ def test_generation_defaults(checkpoint: Path) -> None:
         "image_token_id": 319,
         "max_new_tokens": 20,
         "repetition_penalty": 1.0,
+        "question_template": "Question: {} Answer:",
     }
+    own = 'Frage: {} "Antwort"\\:'
+    assert generation_section(model, opened, question_template=own).question_template == own
     assert generation_notes(model, opened) == []
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from blipstream_client import Client
 from blipstream_export.build import BuildOptions
 
 from blipstream.triton.server import TritonServer
@@ -164,3 +165,11 @@ def test_the_qformer_by_itself(server: TritonServer) -> None:
     with triton.InferenceServerClient(server.grpc_url) as client:
         statistics = client.get_inference_statistics("qformer").model_stats[0]
     assert any(batch.batch_size > 1 for batch in statistics.batch_stats)
+
+
+def test_a_question_is_asked_as_the_family_was_shown_it(server: TritonServer) -> None:
+    (image,) = (png(picture) for picture in make_images(1, seed=12))
+    with Client(server.grpc_url) as client:
+        assert client.question_template() == "{}"
+        answer = client.ask(image, "what is it?", max_tokens=5)
+        assert answer == client.generate(image, "what is it?", max_tokens=5)

@@ -20,10 +20,12 @@ def ask(
 ) -> None:
     """Answer a question about an image."""
     with session("ask", options) as running:
-        from blipstream_client import QUESTION_TEMPLATE, question_prompt
+        from blipstream_client import question_prompt
 
-        prompt = question_prompt(question, QUESTION_TEMPLATE if template is None else template)
+        if template is not None:
+            question_prompt(question, template)  # one that holds no {} is refused before anything is asked
         try:
+            prompt = question_prompt(question, running.client.question_template() if template is None else template)
             running.answer(file, read_source(file), prompt, question=question)
         except BlipstreamError as error:
             running.fail(error, file, question=question)

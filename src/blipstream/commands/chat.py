@@ -34,9 +34,9 @@ Ctrl-C during an answer cancels it."""
 def chat(file: ImageFile, template: Template = None, *, options: RequestOptions) -> None:
     """Ask several questions about an image, each with what was said before; one a line, /help lists the commands."""
     with session("chat", options) as running:
-        from blipstream_client import QUESTION_TEMPLATE, Conversation
+        from blipstream_client import Conversation
 
-        conversation = Conversation(QUESTION_TEMPLATE if template is None else template)
+        conversation = Conversation(running.client.question_template() if template is None else template)
         conversation.prompt("")  # a template that holds no {} is refused before anything is asked
         _Chat(running, conversation, file).run()
 

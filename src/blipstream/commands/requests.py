@@ -37,7 +37,7 @@ Template = Annotated[
     str | None,
     typer.Option(
         help="What a question is put into, in place of {}; '{}' alone sends it as it is.",
-        show_default="Question: {} Answer:",
+        show_default="as the served checkpoint was shown questions",
     ),
 ]
 

@@ -37,6 +37,10 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
         """Released once for each request that the client gave up."""
         self.unavailable = 0
         """Calls that are turned away before anything is said."""
+        self.template: str | grpc.StatusCode | None = None
+        """Of questions, in the model's configuration; a status fails the call for it."""
+        self.configs: list[str] = []
+        """Models whose configuration was asked for."""
         self._text = "x" * echo_bytes
         self._met = threading.Condition()
         self._meeting = 0
@@ -50,6 +54,15 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def close(self) -> None:
         self._server.stop(0).wait()
+
+    def ModelConfig(self, request: pb.ModelConfigRequest, context: grpc.ServicerContext) -> pb.ModelConfigResponse:  # noqa: N802
+        self.configs.append(request.name)
+        if isinstance(self.template, grpc.StatusCode):
+            context.abort(self.template, "no configuration")
+        response = pb.ModelConfigResponse()
+        if self.template is not None:
+            response.config.parameters["question_template"].string_value = self.template
+        return response
 
     def inputs(self, index: int = -1) -> dict[str, tuple[str, list[int], list[Any]]]:
         """Type, shape and values of each input of a request."""

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from blipstream_client import Generation
 
@@ -71,6 +72,33 @@ def test_ask_puts_the_question_into_a_template(client: Any, server: FakeServer) 
     assert server.inputs()["text_input"][2] == [b"Q: What is it? A:"]
     client.ask(IMAGE, "What is it?", template="{}")
     assert server.inputs()["text_input"][2] == [b"What is it?"]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"),
+    [
+        ("{}", b"why?"),
+        ("Question: {} Short answer:", b"Question: why? Short answer:"),
+        (None, b"Question: why? Answer:"),  # a server of another build
+        (grpc.StatusCode.UNIMPLEMENTED, b"Question: why? Answer:"),
+        (grpc.StatusCode.PERMISSION_DENIED, b"Question: why? Answer:"),
+    ],
+)
+def test_ask_learns_the_template_of_the_checkpoint_once(
+    template: str | grpc.StatusCode | None, prompt: bytes, client: Any, server: FakeServer
+) -> None:
+    server.template = template
+    for _ in range(2):
+        client.ask(IMAGE, "why?")
+        assert server.inputs()["text_input"][2] == [prompt]
+    assert server.configs == ["blip2"]
+
+
+def test_ask_fails_with_the_call_for_the_template(client: Any, server: FakeServer) -> None:
+    server.template = grpc.StatusCode.INTERNAL
+    with pytest.raises(ClientError, match=r"failed the request \(INTERNAL\): no configuration"):
+        client.ask(IMAGE, "why?")
+    assert server.requests == []
 
 
 def test_log_probs_come_with_their_tokens(client: Any) -> None:

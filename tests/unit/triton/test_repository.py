@@ -83,6 +83,13 @@ def test_images_are_batched_as_the_processor_likes_it(bundle: Path, manifest: Ma
     assert large.model_copy(update={"max_batch": 1}).preferred_images == 1
 
 
+@pytest.mark.parametrize("template", ["Question: {} Answer:", "{}", '问 "{}"\\\n$max_batch é'])
+def test_clients_learn_how_to_ask(template: str, manifest: Manifest, tmp_path: Path) -> None:
+    generation = manifest.generation.model_copy(update={"question_template": template})
+    write_models(tmp_path, manifest.model_copy(update={"generation": generation}))
+    assert read_config(tmp_path, BLIP2).parameters["question_template"].string_value == template
+
+
 def test_the_ensemble_passes_each_tensor_on(bundle: Path, manifest: Manifest) -> None:
     config = read_config(bundle, IMAGE_FEATURES)
     for step in config.ensemble_scheduling.step:
