@@ -21,6 +21,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,10 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from blipstream.errors import InvalidImageError
 from blipstream.image_files import DEFAULT_LIMITS, ImageLimits, kind_of, one_line, resolve_image
-from blipstream.manifest import ImageSection
 from blipstream.orientation import upright
+
+if TYPE_CHECKING:
+    from blipstream.manifest import ImageSection  # what it needs would slow down the start of a process that decodes
 
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 """Formats that are decoded, by Pillow's names. Others are refused: some start other programs (EPS), most are obscure,

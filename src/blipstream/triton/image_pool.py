@@ -1,8 +1,9 @@
 """Processes that decode images, so that no image can hold up or end the server, whatever it costs.
 
-There are two lanes. The quick one refuses an image of many pixels, and its processes end when an image takes them long:
-such images go to the slow lane, which has fewer processes of a lower priority, and the limits that the operator set.
-So pixels in flight are bounded by the number of processes, and a cheap image never waits for the costly ones.
+There are two lanes. The quick one takes no image of many bytes or pixels, and its processes end when an image takes
+them long: such images go to the slow lane, which has fewer processes of a lower priority, and the limits that the
+operator set. So pixels in flight are bounded by the number of processes, and a cheap image never waits for
+a costly one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,13 @@ from blipstream.preprocess import CostlyImageError, ImageTransform, limit_pillow
 
 QUICK_PIXELS = 12_500_000
 """A phone's photograph; larger ones are decoded in the slow lane."""
-QUICK_SECONDS = 1.0
+QUICK_SECONDS = 0.5
+QUICK_BYTES = 8 << 20
 SLOW_NICENESS = 5
 MAX_SLOW = 48
 """Images in the slow lane, waiting or not; further ones are refused, so that quick ones find a thread that is free."""
+_PARTING_S = 1.0
+"""Time for a process to end by itself."""
 _PATIENCE_S = 120.0
 """Time, whatever else the machine does, after which a process that does not answer is taken to hang."""
 
@@ -59,12 +63,12 @@ class ImagePool:
     """
 
     def __init__(self, transform: ImageTransform, limits: ImageLimits, seconds: float, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context = multiprocessing.get_context("spawn")  # a forked process would have a part of Triton in it
         self._transform, self._seconds = transform, seconds
         quick = Lane(transform, limits, min(QUICK_PIXELS, limits.max_pixels), min(QUICK_SECONDS, seconds))
         slow = Lane(transform, limits, limits.max_pixels, seconds, SLOW_NICENESS)
         self._quick, self._slow = _Workers(context, quick, size), _Workers(context, slow, max(1, size // 2))
+        self._quick.start()
         self._slow_places = threading.BoundedSemaphore(MAX_SLOW)
 
     def decode(self, file: bytes) -> npt.NDArray[np.float32]:
@@ -76,10 +80,10 @@ class ImagePool:
             EngineError: decoding failed, which is not the image's fault.
         """
         try:
-            pixels = self._quick.decode(file)
+            pixels = self._quick.decode(file) if len(file) <= QUICK_BYTES else None
         except CostlyImageError:
-            pixels = self._decode_slowly(file)
-        return self._transform.normalise(pixels)
+            pixels = None
+        return self._transform.normalise(self._decode_slowly(file) if pixels is None else pixels)
 
     def close(self) -> None:
         """End the processes."""
@@ -103,11 +107,16 @@ class ImagePool:
 class _Workers:
     """The processes of a lane."""
 
-    def __init__(self, context: ForkServerContext, lane: Lane, size: int) -> None:
+    def __init__(self, context: SpawnContext, lane: Lane, size: int) -> None:
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._all = [_Worker(context, lane) for _ in range(size)]
         for worker in self._all:
             self._idle.put(worker)
+
+    def start(self) -> None:
+        """Start the processes, which otherwise start when they are needed."""
+        for worker in self._all:
+            worker.start()
 
     def decode(self, file: bytes) -> npt.NDArray[np.uint8]:
         worker = self._idle.get()
@@ -124,9 +133,9 @@ class _Workers:
 class _Worker:
     """One process, which is replaced when it has ended. One thread at a time uses it."""
 
-    def __init__(self, context: ForkServerContext, lane: Lane) -> None:
+    def __init__(self, context: SpawnContext, lane: Lane) -> None:
         self._context, self._lane = context, lane
-        self._start()
+        self._process: SpawnProcess | None = None
 
     def decode(self, file: bytes) -> npt.NDArray[np.uint8]:
         """Decode and resize an image file; return (S, S, 3) uint8.
@@ -135,16 +144,17 @@ class _Worker:
             CostlyImageError: it is over the lane's limits, or the process ended over it.
             BlipstreamError: as the process says.
         """
-        if not self._process.is_alive():
-            self._start()
+        if self._process is None or not self._process.is_alive():
+            self.start()
         try:
             self._connection.send_bytes(file)
             if not self._connection.poll(_PATIENCE_S):
                 raise EOFError
             answer: npt.NDArray[np.uint8] | BlipstreamError | None = self._connection.recv()
         except (EOFError, OSError):
-            self.close()
-            self._start()
+            status = self.close()
+            if status > 0:
+                raise EngineError(f"a process that decodes images ended with status {status}") from None
             raise CostlyImageError from None
         if answer is None:
             raise CostlyImageError
@@ -152,15 +162,21 @@ class _Worker:
             raise answer
         return answer
 
-    def close(self) -> None:
-        """End the process, whatever it does."""
+    def close(self) -> int:
+        """End the process, whatever it does, and return its status: negative after a signal."""
+        if self._process is None:
+            return 0
+        process, self._process = self._process, None
         self._connection.close()
-        self._process.kill()
-        self._process.join()
+        process.join(_PARTING_S)
+        process.kill()
+        process.join()
+        return process.exitcode or 0
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process; it is ready after some tenths of a second, and what is sent to it waits."""
         self._connection, far_end = self._context.Pipe()
-        self._process: ForkServerProcess = self._context.Process(target=_serve, args=(far_end, self._lane), daemon=True)
+        self._process = self._context.Process(target=_serve, args=(far_end, self._lane), daemon=True)
         self._process.start()
         far_end.close()
 

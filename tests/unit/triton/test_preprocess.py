@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import multiprocessing.spawn
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from blipstream.config import ServerConfig
-from blipstream.errors import BlipstreamError, InvalidImageError, ServerBusyError
+from blipstream.errors import BlipstreamError, EngineError, InvalidImageError, ServerBusyError
 from blipstream.image_files import ImageLimits
 from blipstream.preprocess import ImageTransform
 from blipstream.triton import image_pool
@@ -46,7 +47,7 @@ def pool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     pool.close()
 
 
-@pytest.mark.parametrize("pool", [{"QUICK_PIXELS": 1000}], indirect=True)
+@pytest.mark.parametrize("pool", [{"QUICK_PIXELS": 1000}, {"QUICK_BYTES": len(SMALL)}], indirect=True)
 def test_both_lanes_are_exact(pool: ImagePool) -> None:
     for file in (SMALL, LARGE, SMALL):
         np.testing.assert_array_equal(pool.decode(file), TRANSFORM.decode(file))
@@ -60,12 +61,18 @@ def test_costly_images_are_refused_when_too_many_wait_and_others_are_not(pool: I
     np.testing.assert_array_equal(pool.decode(SMALL), TRANSFORM.decode(SMALL))
 
 
+def large_png() -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((5000, 5000), Image.Resampling.NEAREST).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def spelt_out_header() -> bytes:
     """A JPEG whose markers never come: Pillow reads it byte by byte."""
     return b"\xff\xd8" + b"\xff" * 20_000_000
 
 
-@pytest.mark.parametrize("make", [spelt_out_header, lambda: encoded((4000, 4000), optimize=True)])
+@pytest.mark.parametrize("make", [spelt_out_header, large_png])
 def test_an_image_that_takes_long_is_given_up_and_leaves_nothing_behind(pool: ImagePool, make: Any) -> None:
     with pytest.raises(InvalidImageError, match=r"takes more than 0\.05 s of CPU time .*`--max-image-seconds`"):
         pool.decode(make())
@@ -76,7 +83,15 @@ def test_processes_that_were_killed_are_replaced(pool: ImagePool) -> None:
     for process in multiprocessing.active_children():
         process.kill()
         process.join(60)
+    assert not multiprocessing.active_children()
     np.testing.assert_array_equal(pool.decode(SMALL), TRANSFORM.decode(SMALL))
+
+
+def test_a_process_that_cannot_work_is_not_the_images_fault(pool: ImagePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool.close()
+    monkeypatch.setattr(multiprocessing.spawn, "get_preparation_data", lambda _: {"sys_path": []})
+    with pytest.raises(EngineError, match="a process that decodes images ended with status 1"):
+        pool.decode(SMALL)
 
 
 @pytest.mark.parametrize("file", [b"", b"no image", SMALL[:45], b"/tmp/photo"])
