@@ -15,14 +15,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from blipstream_client import Client
-from blipstream_export.build import BuildOptions, build
-from blipstream_export.cli import show
 from rich.console import Console
 from rich.table import Table
 
 from blipstream.errors import BlipstreamError
-from blipstream.triton.server import TritonServer
 
 interrupted = False
 DEMO = Path(__file__).resolve().parent
@@ -32,6 +28,11 @@ IMAGES = DEMO / "images"
 
 def main() -> int:
     """Run the demo; return the exit status."""
+    from blipstream_export.build import BuildOptions, build  # imports take seconds, and Ctrl-C may come in them
+    from blipstream_export.cli import show
+
+    from blipstream.triton.server import TritonServer
+
     parser = argparse.ArgumentParser(description="Caption the sample images with the demo checkpoint.")
     parser.add_argument("--work", type=Path, default=Path(".work"), help="folder for the bundle")
     bundle = parser.parse_args().work / "demo-bundle"
@@ -53,6 +54,8 @@ def main() -> int:
 
 def ask_all(console: Console, url: str) -> bool:
     """Caption each sample and ask its question; print a table; return whether every answer is right."""
+    from blipstream_client import Client
+
     table = Table("image", "caption", "question", "answer", "right", show_lines=True)
     all_right = True
     with Client(url) as client:

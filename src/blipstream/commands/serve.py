@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,6 +17,8 @@ from blipstream.config import PREFIX, ServerConfig
 from blipstream.errors import BlipstreamError, ServerStartError
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from blipstream.triton.server import TritonServer
 
 _DEFAULTS = ServerConfig()
@@ -116,13 +116,15 @@ def serve(
 
 def _run(server: TritonServer, bundle: Path, console: Console) -> None:
     """Serve until a signal comes or the server ends, and leave nothing behind."""
-    with _stop_signals() as ignore_signals:
+    with _StopSignals() as signals:
         try:
             _say(console, f"Loading {bundle}")
             server.start()
+            signals.check()
             _show(server, bundle, console)
             fault = None
             while server.poll() is None:
+                signals.check()
                 if fault is None and (fault := server.log_fault):
                     complain("serve", f"{fault}; serving goes on without it")
                 time.sleep(_POLL_S)
@@ -130,28 +132,39 @@ def _run(server: TritonServer, bundle: Path, console: Console) -> None:
         except KeyboardInterrupt:
             console.print("Stopping.")
         finally:
-            ignore_signals()
+            signals.ignore()
             server.stop()
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Any]:
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt; gives a function after which they do nothing."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+class _StopSignals:
+    """Lets SIGINT and SIGTERM raise KeyboardInterrupt within the block."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
-    def ignore() -> None:
-        for number in numbers:
+    def __init__(self) -> None:
+        self._came = False
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._interrupt) for number in self._NUMBERS}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def ignore(self) -> None:
+        """Let further signals do nothing."""
+        for number in self._NUMBERS:
             signal.signal(number, signal.SIG_IGN)
 
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield ignore
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def check(self) -> None:
+        """Raise for a signal whose exception got lost, as in a finalizer, where Python ignores it."""
+        if self._came:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, *_: object) -> None:
+        self._came = True
+        raise KeyboardInterrupt
 
 
 def _show(server: TritonServer, bundle: Path, console: Console) -> None:

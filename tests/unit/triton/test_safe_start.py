@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from blipstream.bundle import check_bundle, sha256
 from blipstream.cli import app
+from blipstream.commands.serve import _StopSignals
 from blipstream.config import ServerConfig
 from blipstream.errors import BlipstreamError, BundleError, ServerStartError
 from blipstream.manifest import FileEntry, Manifest
@@ -237,6 +239,19 @@ def test_what_of_the_environment_is_handed_on(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert Installation.find().environment(1).get(name) == expected
+
+
+def test_a_signal_is_not_lost_in_a_finalizer() -> None:
+    class Swallowing:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, _StopSignals() as signals:
+        patch.setattr(sys, "unraisablehook", lambda _: None)
+        signals.check()
+        Swallowing()
+        with pytest.raises(KeyboardInterrupt):
+            signals.check()
 
 
 @pytest.mark.parametrize(
