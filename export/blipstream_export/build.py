@@ -238,7 +238,7 @@ class _Build:
         needs = estimate_needs(model, self._precisions)
         if self._options.engine == "tensorrt":  # each graph lies beside its engine until that is built
             needs = replace(needs, disk=needs.disk + estimate_needs(model, _HALF).disk)
-        check_disk(needs, self._folder)
+        check_disk(needs, self._folder.parent)  # the unfinished bundle is nothing that the user knows
         self._observer.needs(needs)
         return needs
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,29 @@ def test_a_failure_leaves_nothing(error: type[BaseException], tmp_path: Path) ->
     with pytest.raises(error):
         fail()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "file", "fault"),
+    [
+        ("file/bundle", 0, None, "file/bundle cannot be written: "),
+        ("bundle", errno.ENOSPC, None, "bundle cannot be written: No space left on device$"),
+        ("bundle", errno.EACCES, "{}/x", "bundle cannot be written: Permission denied$"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_sentence(
+    output: str, code: int, file: str | None, fault: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match=fault) as caught, new_bundle(tmp_path / output) as folder:
+        raise OSError(code, os.strerror(code), file and file.format(folder))
+    assert ".partial" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_other_faults_are_left_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_bundle(tmp_path / ("x" * 255)):
+        Path("/nowhere").read_text()
 
 
 def test_a_failure_keeps_the_old_bundle(tmp_path: Path) -> None:
