@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from blipstream_export.build import BuildOptions, BuildResult
 from typer.testing import CliRunner
 
@@ -32,7 +33,11 @@ def test_a_bundle_is_measured_and_planned_with(random_bundle: BuildResult, tmp_p
     assert again.output.splitlines()[-1] == measured.output.splitlines()[-1]
 
 
-def test_a_q_former_that_reads_instructions_is_given_one() -> None:
-    checkpoint = checkpoint_of(save_instructblip, "llama", seed=3)
-    found = runner.invoke(app, ["plan", str(bundle_of(checkpoint, BuildOptions(max_sequences=5)))])
+@pytest.fixture(scope="module")
+def instructed() -> Path:
+    return bundle_of(checkpoint_of(save_instructblip, "llama", seed=3), BuildOptions(max_sequences=5))
+
+
+def test_a_q_former_that_reads_instructions_is_given_one(instructed: Path) -> None:
+    found = runner.invoke(app, ["plan", str(instructed)])
     assert found.exit_code == 0, found.output

@@ -32,7 +32,7 @@ def plan(
     percentile: Annotated[float, typer.Option(min=1, max=99.9, help="Of requests that keep to the limits.")] = 90.0,
     text_tokens: Annotated[str, typer.Option(help="Tokens of a question, MEAN or MEAN:STD.")] = "10",
     output_tokens: Annotated[str, typer.Option(help="Tokens of an answer, MEAN or MEAN:STD.")] = "20",
-    requests: Annotated[int, typer.Option(min=20, help="Requests that are simulated.")] = 400,
+    requests: Annotated[int, typer.Option(min=20, max=100_000, help="Requests that are simulated.")] = 400,
     stages_file: Annotated[
         Path | None, typer.Option("--stages", help="Keep the measured times in this file; without BUNDLE, read them.")
     ] = None,

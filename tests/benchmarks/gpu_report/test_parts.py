@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import runpy
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from typer.main import get_command
 
 from benchmarks.fullsize import measure as fullsize
-from benchmarks.fullsize.measure import Built
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import parts, timing
 from benchmarks.gpu.environment import Environment, parse_smi
 from benchmarks.gpu.parts import NO_GPU, Part, Plan, make_parts, reason_to_skip
 from benchmarks.gpu.rows import CAPTION, STEP, read_rows
 from benchmarks.gpu.runner import Outcome, run_part
+from blipstream.cli import app
 from tests.benchmarks.gpu_report.machines import DATA_CENTRE, NOTHING
 from tests.server.test_faithful import SEEDS, VARIANTS
 from tests.support.bundles import bundle_of, checkpoint_of
@@ -70,54 +74,53 @@ def roomy_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "_NEEDED_DISK", 0)
 
 
-def reasons(environment: Environment, plan: Plan | None = None) -> dict[str, str | None]:
+PLAN = Plan(Path("report"), Path("work"))
+TINY = dataclasses.replace(PLAN, checkpoint=Path("tiny"))
+SMALL = {"gpu_memory": 8 << 30}
+
+
+def reasons(environment: Environment, plan: Plan = PLAN) -> dict[str, str | None]:
     """Why each part is skipped, if those before it are done."""
-    plan = plan or Plan(Path("report"), Path("work"))
     all_parts = make_parts(plan)
     done = {part.name: Outcome("done") for part in all_parts}
     return {part.name: reason_to_skip(part, environment, plan, done) for part in all_parts}
 
 
-def test_without_a_gpu_every_part_is_skipped_for_that() -> None:
+def test_without_a_gpu_every_part_is_skipped_for_that_and_in_a_data_centre_none_is() -> None:
     assert set(reasons(NOTHING).values()) == {NO_GPU}
+    assert set(reasons(DATA_CENTRE).values()) == {None}
+    assert "checkpoint" not in reasons(DATA_CENTRE, TINY)
 
 
-def test_a_data_centre_gpu_runs_every_part() -> None:
-    assert {name: reason for name, reason in reasons(DATA_CENTRE).items() if reason} == {}
+@pytest.mark.parametrize(
+    ("machine", "plan", "expected"),
+    [
+        ({"torch_cuda": None, "torch_sees_gpu": False}, PLAN, {"limits": r"^torch 2\.13\.0 is built without CUDA: "}),
+        ({"torch_sees_gpu": False}, PLAN, {"limits": "does not see the GPU"}),
+        (
+            {"tensorrt": None, "providers": ("CPUExecutionProvider",)},
+            PLAN,
+            {
+                **dict.fromkeys(("tensorrt", "tensorrt-build"), r"blipstream\[tensorrt\]"),
+                "onnxruntime-cuda": "CUDAExecutionProvider",
+                "transformers-eager": None,
+            },
+        ),
+        (SMALL, PLAN, {"checkpoint": r"8\.0 GiB", "limits": None}),
+        (SMALL, TINY, {"tensorrt": None}),
+    ],
+)
+def test_what_a_machine_lacks_skips_the_parts_that_need_it(
+    machine: dict[str, Any], plan: Plan, expected: dict[str, str | None]
+) -> None:
+    found = reasons(dataclasses.replace(DATA_CENTRE, **machine), plan)
+    for name, reason in expected.items():
+        assert found[name] is None if reason is None else re.search(reason, found[name] or ""), name
 
 
 def test_the_kernels_leave_their_rows_where_the_report_looks() -> None:
-    plan = Plan(Path("report"), Path("work"))
-    (part,) = [part for part in make_parts(plan) if part.name == parts.KERNELS]
-    assert part.command[-2:] == ("--rows", str(plan.folder(parts.KERNELS) / parts.KERNELS_FILE))
-
-
-def test_torch_without_cuda_is_named() -> None:
-    found = reasons(dataclasses.replace(DATA_CENTRE, torch_cuda=None, torch_sees_gpu=False))
-    assert str(found["limits"]).startswith("torch 2.13.0 is built without CUDA: ")
-
-
-def test_a_driver_that_is_too_old_is_suspected() -> None:
-    reason = reasons(dataclasses.replace(DATA_CENTRE, torch_sees_gpu=False))["limits"]
-    assert reason is not None
-    assert "does not see the GPU" in reason
-
-
-def test_what_an_engine_lacks_skips_its_parts_alone() -> None:
-    found = reasons(dataclasses.replace(DATA_CENTRE, tensorrt=None, providers=("CPUExecutionProvider",)))
-    assert found["tensorrt"] == found["tensorrt-build"]
-    assert "blipstream[tensorrt]" in str(found["tensorrt"])
-    assert "CUDAExecutionProvider" in str(found["onnxruntime-cuda"])
-    assert found["transformers-eager"] is None
-
-
-def test_a_small_gpu_skips_the_full_size_model_and_runs_a_small_one() -> None:
-    small = dataclasses.replace(DATA_CENTRE, gpu_memory=8 << 30)
-    assert "8.0 GiB" in str(reasons(small)["checkpoint"])
-    assert reasons(small)["limits"] is None
-    tiny = Plan(Path("report"), Path("work"), checkpoint=Path("tiny"))
-    assert "checkpoint" not in reasons(small, tiny)
-    assert reasons(small, tiny)["tensorrt"] is None
+    (part,) = [part for part in make_parts(PLAN) if part.name == parts.KERNELS]
+    assert part.command[-2:] == ("--rows", str(PLAN.folder(parts.KERNELS) / parts.KERNELS_FILE))
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,16 +131,15 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_part_waits_for_those_before_it() -> None:
-    plan = Plan(Path("report"), Path("work"))
-    part = next(part for part in make_parts(plan) if part.name == "tensorrt")
-    assert reason_to_skip(part, DATA_CENTRE, plan, {}) == "it comes after tensorrt-build, which is not run yet"
+    part = next(part for part in make_parts(PLAN) if part.name == "tensorrt")
+    assert reason_to_skip(part, DATA_CENTRE, PLAN, {}) == "it comes after tensorrt-build, which is not run yet"
     failed = {"tensorrt-build": Outcome("timed out", "it was killed after 1 s")}
-    assert reason_to_skip(part, DATA_CENTRE, plan, failed) == "it comes after tensorrt-build, which is timed out"
+    assert reason_to_skip(part, DATA_CENTRE, PLAN, failed) == "it comes after tensorrt-build, which is timed out"
 
 
 def test_the_first_parts_are_short() -> None:
     """Something useful is there within five minutes: the first part's own limit is below that."""
-    assert make_parts(Plan(Path("report"), Path("work")))[0].limit <= 300
+    assert make_parts(PLAN)[0].limit <= 300
 
 
 # --- running them ------------------------------------------------------------------------------------------------
@@ -151,25 +153,21 @@ def run(part: Part, folder: Path) -> Outcome:
     return run_part(part.full_command, folder, part.limit, working=REPOSITORY)
 
 
-def test_a_part_that_works(tmp_path: Path) -> None:
-    outcome = run(script("good", "print('said')"), tmp_path / "good")
-    assert (outcome.status, outcome.reason, outcome.tail) == ("done", "", "")
-    assert (tmp_path / "good" / "output.log").read_text() == "said\n"
-    assert Outcome.read(tmp_path / "good") == outcome
-
-
-def test_a_part_that_fails_leaves_its_last_lines(tmp_path: Path) -> None:
-    code = "for i in range(1000): print('line', i)\nraise ValueError('the cause')"
-    outcome = run(script("bad", code), tmp_path / "bad")
-    assert (outcome.status, outcome.reason) == ("failed", "it ended with status 1")
-    assert "ValueError: the cause" in outcome.tail
-    assert "line 999" in outcome.tail
-    assert "line 1\n" not in outcome.tail
-
-
-def test_a_part_that_crashes_is_told_from_one_that_fails(tmp_path: Path) -> None:
-    outcome = run(script("crash", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"), tmp_path / "crash")
-    assert (outcome.status, outcome.reason) == ("failed", "it ended with signal SIGSEGV")
+@pytest.mark.parametrize(
+    ("code", "status", "reason", "last"),
+    [
+        ("print('said')", "done", "", "said"),
+        ("for i in range(1000): print('line', i)\nraise ValueError('why')", "failed", "status 1", "ValueError: why"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "failed", "signal SIGSEGV", ""),
+    ],
+)
+def test_how_a_part_ends_and_its_last_lines(code: str, status: str, reason: str, last: str, tmp_path: Path) -> None:
+    outcome = run(script("part", code), tmp_path / "part")
+    assert (outcome.status, outcome.reason) == (status, reason and f"it ended with {reason}")
+    log = (tmp_path / "part" / "output.log").read_text()
+    assert log.strip().endswith(last)
+    assert outcome.tail == ("" if status == "done" else "\n".join(log.splitlines()[-30:]))
+    assert Outcome.read(tmp_path / "part") == outcome
 
 
 def test_a_part_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
@@ -319,10 +317,12 @@ def test_a_rehearsal_measures_a_checkpoint(
     """The code that runs on a GPU, on the CPU, the parts in this process: transformers eager and compiled, Blipstream
     on ONNX Runtime."""
 
-    def build(_checkpoint: Path, bundle: Path, *_options: str) -> Built:
-        bundle.parent.mkdir(parents=True)
-        bundle.symlink_to(built[1])
-        return Built(1.0, 1, "built")
+    def build(command: Sequence[object], **_: object) -> SimpleNamespace:
+        """Read the command line as ``blipstream build`` does."""
+        options = get_command(app).commands["build"].make_context("build", list(map(str, command[2:]))).params
+        options["output"].parent.mkdir(parents=True)
+        options["output"].symlink_to(built[1])
+        return SimpleNamespace(stdout="built")
 
     def run_here(arguments: Sequence[str], folder: Path, *_: object, **__: object) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
@@ -337,7 +337,7 @@ def test_a_rehearsal_measures_a_checkpoint(
 
     monkeypatch.setattr(timing, "WARM_UP", 0)
     monkeypatch.setattr(timing, "LEAST", 1)
-    monkeypatch.setattr(fullsize, "build", build)
+    monkeypatch.setattr(fullsize, "subprocess", SimpleNamespace(run=build, PIPE=None))
     monkeypatch.setattr(command, "run_part", run_here)
     report = tmp_path / "report"
     options = ["--device=cpu", "--dtype=fp32", f"--checkpoint={built[0]}", "--seconds=0"]
