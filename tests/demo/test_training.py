@@ -44,7 +44,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     whole = run(tmp_path / "whole")
     paths = [*sys.path, str(__import__("pathlib").Path(__file__).parent)]
     command = [sys.executable, "-c", SCRIPT.format(paths=paths), str(tmp_path / "killed")]
-    killed = subprocess.run(command, capture_output=True, timeout=120)
+    killed = subprocess.run(command, capture_output=True, timeout=50)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert torch.load(tmp_path / "killed" / "tiny.pt", weights_only=True)["step"] == 9
     resumed = run(tmp_path / "killed")

@@ -15,7 +15,7 @@ import pytest
 
 from blipstream.triton.installation import Installation
 from blipstream.triton.server import HOST, SERVICES, answers_ok, choose_ports
-from tests.server.wire import Stream, ask, wait_until
+from tests.server.wire import PATIENCE_S, Stream, ask, wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -63,7 +63,7 @@ def running(bundle: Path, tmp_path: Path) -> Iterator[Container]:
             yield container
         finally:
             container.process.kill()
-            container.process.wait()
+            container.process.wait(PATIENCE_S)
 
 
 def test_it_serves_and_drains(running: Container, image: bytes) -> None:
@@ -74,4 +74,4 @@ def test_it_serves_and_drains(running: Container, image: bytes) -> None:
         running.process.send_signal(signal.SIGTERM)
         last = stream.rest()[-1]
     assert last.num_output_tokens == wanted, "a running request is answered to its end"
-    assert running.process.wait(60) == 0
+    assert running.process.wait(PATIENCE_S) == 0

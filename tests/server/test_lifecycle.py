@@ -22,7 +22,7 @@ from blipstream.config import ServerConfig
 from blipstream.errors import ServerStartError, ServerUnavailableError
 from blipstream.triton.installation import Installation
 from blipstream.triton.server import TritonServer
-from tests.server.wire import Stream, ask, wait_until
+from tests.server.wire import PATIENCE_S, Stream, ask, wait_until
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -62,7 +62,7 @@ class Served:
 
     def finish(self) -> tuple[int, str]:
         """Exit status and standard error."""
-        _, errors = self.process.communicate(timeout=300)
+        _, errors = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, errors
 
     def descendants(self) -> list[int]:
@@ -96,7 +96,7 @@ class Served:
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.wait(300)
+            self.process.wait(PATIENCE_S)
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()
@@ -154,7 +154,7 @@ def test_a_killed_launcher_leaves_nothing(served: Served) -> None:
     served.wait_until_ready()
     served.check_it_runs()
     served.process.kill()
-    served.process.wait()
+    served.process.wait(PATIENCE_S)
     served.check_nothing_is_left()
 
 
