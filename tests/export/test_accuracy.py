@@ -15,6 +15,7 @@ from blipstream_export.inprocess import InProcess
 
 from blipstream.errors import BlipstreamError, BundleError
 from tests.server.faithful import Ask, Reference
+from tests.support.bundles import bundle_of, checkpoint_of
 from tests.support.checkpoints import PROMPTS, make_images
 from tests.support.instructblip import save_instructblip, save_instructblipvideo
 
@@ -96,13 +97,13 @@ def test_a_damaged_image_is_named(random_bundle: Any, tmp_path: Path) -> None:
         measure_accuracy(random_bundle.bundle, read_test_set(path))
 
 
-def test_texts_in_process_are_the_checkpoints(tmp_path: Path) -> None:
+def test_texts_in_process_are_the_checkpoints() -> None:
     """With instructions of unequal lengths, and images that come back."""
-    checkpoint = save_instructblip(tmp_path / "checkpoint", "t5", seed=3)
-    build(str(checkpoint), tmp_path / "bundle", BuildOptions(max_sequences=3))
+    checkpoint = checkpoint_of(save_instructblip, "t5", seed=3)
+    bundle = bundle_of(checkpoint, BuildOptions(max_sequences=5))
     images = make_images(3, seed=2)
     asks = [Ask(images[i % 3], PROMPTS[i % len(PROMPTS)]) for i in range(20)]
-    with InProcess(tmp_path / "bundle", threads=1) as model:
+    with InProcess(bundle, threads=1) as model:
         found = model.generate([ask.image for ask in asks], [ask.prompt for ask in asks], max_tokens=12)
     reference = Reference(checkpoint)
     assert found == [reference.generate(ask, max_new_tokens=12)[1].strip() for ask in asks]
@@ -121,7 +122,7 @@ def test_int8_of_the_demo_checkpoint_is_right_as_often(tmp_path: Path) -> None:
     assert forms.pop("language_model.model.decoder.embed_tokens.weight") == "int8, two digits"  # the head's
     assert len(forms) > 50
     assert all(row["rounding_error"] < 0.02 for row in report["layers"] if row["form"] == "int8")
-    _assert_loses_little("checkpoint", result.parity.accuracy, questions, tmp_path)
+    _assert_loses_little("checkpoint", result.parity.accuracy, questions)
 
 
 @pytest.mark.slow
@@ -129,13 +130,12 @@ def test_int8_of_the_demo_checkpoint_is_right_as_often(tmp_path: Path) -> None:
 def test_int8_of_the_other_demo_checkpoints_is_right_as_often(checkpoint: str, tmp_path: Path) -> None:
     questions = samples.write_test_set(tmp_path / "test", 100)
     result = build(str(DEMO / checkpoint), tmp_path / "bundle", BuildOptions(precision="int8", test_set=questions))
-    _assert_loses_little(checkpoint, result.parity.accuracy, questions, tmp_path)
+    _assert_loses_little(checkpoint, result.parity.accuracy, questions)
 
 
-def _assert_loses_little(checkpoint: str, found: Sequence[Accuracy], questions: Path, folder: Path) -> None:
+def _assert_loses_little(checkpoint: str, found: Sequence[Accuracy], questions: Path) -> None:
     """At most half a point of captions, and of answers, against fp32; or one of them where that is more."""
-    build(str(DEMO / checkpoint), folder / "fp32")
-    exact = measure_accuracy(folder / "fp32", read_test_set(questions))
+    exact = measure_accuracy(bundle_of(DEMO / checkpoint), read_test_set(questions))
     for kinds in ({"caption"}, {row.kind for row in exact} - {"caption"}):
         asked, before = (sum(getattr(row, name) for row in exact if row.kind in kinds) for name in ("asked", "right"))
         after = sum(row.right for row in found if row.kind in kinds)

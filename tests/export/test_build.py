@@ -138,10 +138,13 @@ def test_building_twice_gives_the_same_bytes(
 def test_an_interrupted_build_leaves_nothing(number: signal.Signals, random_checkpoint: Path, tmp_path: Path) -> None:
     command = [*COMMAND, str(random_checkpoint), "-o", str(tmp_path / "bundle")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not list(tmp_path.glob(".bundle.*.partial/vision_encoder")) and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, errors = process.communicate()
+        try:
+            while not list(tmp_path.glob(".bundle.*.partial/vision_encoder")) and process.poll() is None:
+                time.sleep(0.02)
+            process.send_signal(number)
+            _, errors = process.communicate()
+        finally:
+            process.kill()
     assert process.returncode not in (0, 1) or "Aborted" in errors
     assert "Traceback" not in errors
     assert not list(tmp_path.iterdir())

@@ -108,10 +108,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SEEDS = {"opt": 28, "llama": 22, "t5": 59}
 
 
-@pytest.mark.parametrize("language", VARIANTS)
-def test_random_variants_equal_the_checkpoint(language: str) -> None:
-    checkpoint = checkpoint_of(save_blip2, language, seed=SEEDS[language], text=VARIANTS[language])
-    asks = [Ask(image, PROMPTS[i % len(PROMPTS)]) for i, image in enumerate(make_images(32, seed=1))]
+@pytest.fixture(params=VARIANTS)
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    return checkpoint_of(save_blip2, request.param, seed=SEEDS[request.param], text=VARIANTS[request.param])
+
+
+@pytest.fixture
+def variant_server(checkpoint: Path) -> Iterator[TritonServer]:
     with TritonServer(bundle_of(checkpoint), start_timeout=START_S) as server:
-        answers = ask_concurrently(server.grpc_url, asks, max_tokens=24)
+        yield server
+
+
+def test_random_variants_equal_the_checkpoint(variant_server: TritonServer, checkpoint: Path) -> None:
+    asks = [Ask(image, PROMPTS[i % len(PROMPTS)]) for i, image in enumerate(make_images(32, seed=1))]
+    answers = ask_concurrently(variant_server.grpc_url, asks, max_tokens=24)
     assert_equal(Reference(checkpoint), asks, answers, max_new_tokens=24)

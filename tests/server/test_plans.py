@@ -37,17 +37,24 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return bundle_of(checkpoint, BuildOptions(engine="tensorrt", max_sequences=5))
 
 
+class SimulatedServer(TritonServer):
+    """Its models find the simulated packages: a model imports from its own folder before all others."""
+
+    def start(self) -> SimulatedServer:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server_folder, "write_models", write_models_with_packages)
+            return super().start()
+
+
+def write_models_with_packages(folder: Path, manifest: Manifest, **options: bool) -> None:
+    write_models(folder, manifest, **options)
+    for model in ("vision_encoder", "qformer", "blip2"):
+        shutil.copytree(FOLDER, folder / model / "1", dirs_exist_ok=True)
+
+
 @pytest.fixture(scope="module")
 def serving(bundle: Path) -> Iterator[Serving]:
-    """A server whose models find the simulated packages: a model imports from its own folder before all others."""
-
-    def write(folder: Path, manifest: Manifest, **options: bool) -> None:
-        write_models(folder, manifest, **options)
-        for model in ("vision_encoder", "qformer", "blip2"):
-            shutil.copytree(FOLDER, folder / model / "1", dirs_exist_ok=True)
-
-    with pytest.MonkeyPatch.context() as patch, served(bundle) as serving:
-        patch.setattr(server_folder, "write_models", write)
+    with served(bundle, make=SimulatedServer) as serving:
         yield serving
 
 
@@ -61,4 +68,9 @@ def test_mixed_requests_equal_the_checkpoint(server: TritonServer, checkpoint: P
 @pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
 def test_without_tensorrt_the_server_says_what_to_install(bundle: Path) -> None:
     with pytest.raises(ServerStartError, match=r"tensorrt is not installed: `pip install 'blipstream\[tensorrt\]'`"):
-        TritonServer(bundle, start_timeout=START_S).start()
+        start_and_stop(bundle)
+
+
+def start_and_stop(bundle: Path) -> None:
+    with TritonServer(bundle, start_timeout=START_S):
+        pass

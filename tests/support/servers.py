@@ -107,12 +107,11 @@ class Serving:
 
 @contextmanager
 def served(
-    bundle: Path, config: ServerConfig | None = None, *, make: Callable[..., TritonServer] = TritonServer
+    bundle: Path, config: ServerConfig | None = None, *, make: type[TritonServer] = TritonServer
 ) -> Iterator[Serving]:
     """Servers of one bundle, the first of which starts when it is needed."""
-    serving = Serving(
-        lambda: make(bundle, config=config or ServerConfig(threads=1), verbose=True, start_timeout=START_S)
-    )
+    config = config or ServerConfig(threads=1)
+    serving = Serving(lambda: make(bundle, config=config, verbose=True, start_timeout=START_S))
     with contextlib.closing(serving):
         yield serving
 
