@@ -18,6 +18,8 @@ from tests.support.servers import DEATH
 
 QUICK_S = 15.0
 """What a whole module may take at most, of those that ``--quick`` runs."""
+BUILD_TIMEOUT_S = 180
+"""Of tests that may export and build, which a busy machine makes slow; all others have a minute."""
 BUILDING = {"random_bundle", "exported"}
 """Fixtures that build."""
 HAS_GPU = torch.cuda.is_available()
@@ -57,6 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes and gigabytes: give pytest --large"))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if not module_of(item).startswith(("tests/unit/", "tests/server/")) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(BUILD_TIMEOUT_S))
     if config.getoption("--quick"):
         slow = [item for item in items if not is_quick(item)]
         config.hook.pytest_deselected(items=slow)
