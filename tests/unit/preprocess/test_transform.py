@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from blipstream import preprocess
 from blipstream.manifest import ImageSection
 from blipstream.preprocess import ImageTransform, decode_image
 
@@ -64,8 +65,10 @@ def test_every_filter_equals_transformers(resample: str) -> None:
     )
 
 
+@pytest.mark.parametrize("band", [1, 120, 1 << 20])
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA"])
-def test_modes_of_png_equal_transformers(mode: str) -> None:
+def test_modes_of_png_equal_transformers(mode: str, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "_BAND_PIXELS", band)
     image = random_image(mode, (50, 33))
     np.testing.assert_array_equal(ImageTransform(section()).decode(encoded(image)), reference(image))
 
@@ -83,8 +86,9 @@ def test_cmyk_jpeg_equals_transformers() -> None:
 
 
 @pytest.mark.parametrize("transparency", [3, bytes(range(0, 240, 30))])
-def test_palette_with_alpha_equals_transformers(transparency: int | bytes) -> None:
+def test_palette_with_alpha_equals_transformers(transparency: int | bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """One transparent palette entry, or an alpha for each: both lie over white."""
+    monkeypatch.setattr(preprocess, "_BAND_PIXELS", 120)
     image = random_image("RGB", (50, 33)).quantize(8)
     data = encoded(image, transparency=transparency)
     stored = Image.open(io.BytesIO(data))
