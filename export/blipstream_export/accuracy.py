@@ -11,10 +11,12 @@ be left out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -59,9 +61,11 @@ def read_test_set(path: Path) -> list[Question]:
             names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(f"the test set {path} cannot be read: {error}") from None
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold other line separators
+    except UnicodeDecodeError:
+        raise BundleError(f"the test set {path} cannot be read: it is not UTF-8") from None
+    except OSError as error:
+        raise BundleError(f"the test set {path} cannot be read: {error.strerror}") from None
     questions = [_question(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise BundleError(f"the test set {path} holds no question")
@@ -120,15 +124,41 @@ def _decode(path: Path) -> Image.Image:
 
 def _question(path: Path, number: int, line: str) -> Question:
     try:
-        question = Question.model_validate_json(line)
+        fields = json.loads(line)
+        question = Question.model_validate(fields)
     except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        place = ".".join(map(str, fault["loc"])) or "it"
-        raise BundleError(f"line {number} of the test set {path} is no question: {place}: {fault['msg']}") from None
+        fault = _fault(fields, error)
+        raise BundleError(f"line {number} of the test set {path} is no question: {fault}") from None
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at column {error.colno}"
+        raise BundleError(f"line {number} of the test set {path} is not valid JSON: {where}") from None
     image = path.parent / question.image
     if not image.is_file():
         raise BundleError(f"line {number} of the test set {path} names an image that is not there: {image}")
     return question.model_copy(update={"image": image})
+
+
+_FIELDS = {
+    "image": "the path of an image",
+    "prompt": "a text",
+    "answers": "a list of texts, one at least",
+    "kind": "a text",
+}
+"""What is expected of each field of a question."""
+
+
+def _fault(fields: Any, error: ValidationError) -> str:
+    """The first fault, in words of the file."""
+    if not isinstance(fields, dict):
+        return f"expected a JSON object with {' and '.join(_REQUIRED)}, but it is {json.dumps(fields)}"
+    if unknown := [name for name in fields if name not in _FIELDS]:
+        return f"it has the field {unknown[0]!r}, and the fields of a question are {', '.join(_FIELDS)}"
+    name = str(error.errors()[0]["loc"][0])
+    found = f"it is {json.dumps(fields[name], ensure_ascii=False)}" if name in fields else "it is not there"
+    return f"the field {name!r} must be {_FIELDS[name]}, but {found}"
+
+
+_REQUIRED = ("image", "answers")
 
 
 def _plain(answer: str) -> str:

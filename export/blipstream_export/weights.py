@@ -48,29 +48,28 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
         CheckpointError: no weights, a missing or truncated file, a file that is no safetensors, or an index that
             names a tensor that its shard lacks.
     """
-    found = {path.name: read_header(path) for path in weight_files(folder)}
+    found = {path: read_header(path) for path in weight_files(folder)}
     if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
         return _as_indexed(folder / INDEX_FILE, found)
     headers: dict[str, TensorHeader] = {}
-    for name, tensors in found.items():
+    for path, tensors in found.items():
         if twice := sorted(headers.keys() & tensors.keys()):
             raise CheckpointError(
-                f"{headers[twice[0]].file.name} and {name} of {folder} both hold the tensor {twice[0]}, and no "
+                f"{headers[twice[0]].file.name} and {path.name} of {folder} both hold the tensor {twice[0]}, and no "
                 f"{INDEX_FILE} says which one counts"
             )
         headers |= tensors
     return headers
 
 
-def _as_indexed(index: Path, found: Mapping[str, Mapping[str, TensorHeader]]) -> dict[str, TensorHeader]:
+def _as_indexed(index: Path, found: Mapping[Path, Mapping[str, TensorHeader]]) -> dict[str, TensorHeader]:
     """Each tensor from the shard where the index places it; tensors that it does not name count as well."""
     headers = {name: header for tensors in found.values() for name, header in tensors.items()}
     for tensor, shard in _weight_map(index).items():
-        if tensor not in found[shard]:
-            raise CheckpointError(
-                f"the shard {index.parent / shard} lacks the tensor {tensor}, which the index places there"
-            )
-        headers[tensor] = found[shard][tensor]
+        path = index.parent / shard
+        if tensor not in found[path]:
+            raise CheckpointError(f"the shard {path} lacks the tensor {tensor}, which the index places there")
+        headers[tensor] = found[path][tensor]
     return headers
 
 

@@ -93,6 +93,14 @@ def rename(name: str, other: str) -> Fault:
     return lambda folder: (folder / name).rename(folder / other)
 
 
+def move(name: str, below: str) -> Fault:
+    def fault(folder: Path) -> None:
+        (folder / below).mkdir()
+        (folder / name).rename(folder / below / name)
+
+    return fault
+
+
 def link(target: str, name: str) -> Fault:
     return lambda folder: (folder / name).symlink_to(target)
 

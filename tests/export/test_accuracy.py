@@ -42,13 +42,21 @@ def test_what_counts_as_right(answer: str, right: bool) -> None:
     [
         ([], "holds no question"),
         (["", "  "], "holds no question"),
-        (["{"], "line 1 of the test set .* is no question: it: Invalid JSON"),
+        (["{"], "line 1 of the test set .* is not valid JSON: Expecting property name .* at column 2"),
+        ([["a.png"]], r"is no question: expected a JSON object with image and answers, but it is \[\"a.png\"\]"),
         (
             [QUESTION, {**QUESTION, "answers": []}],
-            "line 2 of the test set .* is no question: answers: Tuple should have",
+            r"line 2 .* 'answers' must be a list of texts, one at least, but .* \[\]",
         ),
-        ([QUESTION, "", {"image": "a.png"}], "line 3 of the test set .* is no question: answers: Field required"),
-        ([{**QUESTION, "answer": "x"}], "line 1 of the test set .* is no question: answer: Extra inputs"),
+        ([{**QUESTION, "answers": "cat"}], "field 'answers' must be a list of texts, one at least, but it is \"cat\""),
+        ([{**QUESTION, "answers": ["cat", 3]}], r"must be a list of texts, one at least, but it is \[\"cat\", 3\]"),
+        ([{**QUESTION, "image": 3}], "the field 'image' must be the path of an image, but it is 3"),
+        ([{**QUESTION, "prompt": None}], "the field 'prompt' must be a text, but it is null"),
+        ([QUESTION, "", {"image": "a.png"}], "line 3 of the test set .* 'answers' must be .*, but it is not there"),
+        (
+            [{**QUESTION, "answer": "x"}],
+            "it has the field 'answer', and the fields of a question are image, prompt",
+        ),
         (
             [QUESTION, {**QUESTION, "image": "b.png"}],
             "line 2 of the test set .* names an image that is not there: .*b.png",
@@ -58,6 +66,12 @@ def test_what_counts_as_right(answer: str, right: bool) -> None:
 def test_faults_of_a_test_set(lines: list[Any], fault: str, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=fault):
         read_test_set(write(tmp_path, *lines))
+
+
+def test_line_separators_inside_a_text(tmp_path: Path) -> None:
+    question = {**QUESTION, "prompt": "one\u2028two\x85three"}
+    path = write(tmp_path, "\ufeff" + json.dumps(question, ensure_ascii=False), json.dumps(QUESTION) + "\r")
+    assert [read.prompt for read in read_test_set(path)] == [question["prompt"], "what?"]
 
 
 def test_faults_come_before_any_work(random_checkpoint: Path, tmp_path: Path) -> None:

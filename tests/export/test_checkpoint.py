@@ -13,11 +13,26 @@ from blipstream_export.checkpoint import Checkpoint, load_model, open_checkpoint
 from blipstream_export.generation import empty_prompt_ids, generation_notes, generation_section
 from blipstream_export.reference import compute_reference
 from blipstream_export.tokenizer import check_tokenizer, tokenizer_notes
+from blipstream_export.weights import INDEX_FILE
 from safetensors.torch import load_file
 
 from blipstream.errors import BundleError, CheckpointError, UnsupportedCheckpointError
 from blipstream.manifest import DecoderSection
-from tests.export.damage import Fault, both, copy, edit, processor, put, remove, rename, shards, weights, write
+from tests.export.damage import (
+    Fault,
+    both,
+    copy,
+    edit,
+    move,
+    processor,
+    put,
+    remove,
+    rename,
+    shard,
+    shards,
+    weights,
+    write,
+)
 from tests.support.checkpoints import TinySizes, make_blip2_opt, make_images, make_processor, save_blip2, save_blip2_opt
 from tests.support.languages import opt_tokenizer
 
@@ -86,6 +101,11 @@ def _with_preprocessor_config(folder: Path) -> None:
     (folder / "processor_config.json").write_text(json.dumps(contents))
 
 
+def _beside(index: dict[str, Any]) -> None:
+    places = index["weight_map"]
+    places.update({name: f"../other/{file}" for name, file in places.items() if file.startswith("model-00001-")})
+
+
 ACCEPTED: dict[str, tuple[Fault, str]] = {
     "weights of another name": (rename("model.safetensors", "blip2.safetensors"), "found by the names of the files"),
     "shards without an index": (shards(remove("model.safetensors.index.json")), "found by the names of the files"),
@@ -98,6 +118,10 @@ ACCEPTED: dict[str, tuple[Fault, str]] = {
         "model.safetensors.index.json beside it is not read, as in transformers",
     ),
     "fp16 by an old name": (edit("config.json", lambda config: config.update(torch_dtype=config.pop("dtype"))), ""),
+    "shards in a folder beside": (
+        shards(lambda folder: both(move(shard(folder, 0).name, "../other"), edit(INDEX_FILE, _beside))(folder)),
+        "",
+    ),
     "a tied weight twice": (
         weights(lambda t: t.update({"language_model.lm_head.weight": t[f"{DECODER}.embed_tokens.weight"].clone()})),
         "",
