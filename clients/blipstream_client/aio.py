@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+import tenacity
 from tritonclient.grpc import service_pb2
 
 from blipstream.contract import BLIP2
@@ -30,10 +33,11 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
     on the server. ``anext`` raises a :class:`~blipstream.errors.ClientError` when the request fails.
     """
 
-    def __init__(self, client: AsyncClient, start: Callable[[], Awaitable[Any]], timeout: float | None) -> None:
+    def __init__(self, client: AsyncClient, start: Callable[[], Awaitable[Any]], timeout: float) -> None:
         self._client = client
         self._start = start
         self._call: Any = None
+        self._begun = False
         self._timeout = timeout
         self._complete = False
         self._closed = False
@@ -41,8 +45,6 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
     async def __anext__(self) -> TextChunk:
         if self._closed:
             raise StopAsyncIteration
-        if self._call is None:
-            await self._begin()
         response = await self._read()
         if response is grpc.aio.EOF:
             if not self._complete:
@@ -54,15 +56,21 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
         self._complete = self._complete or chunk.is_last
         return chunk
 
-    async def _begin(self) -> None:
+    async def _first(self) -> Any:
+        """Send the request and wait for its first response; until that has come, it may be sent again."""
         self._loop = asyncio.get_running_loop()
         self._call = await self._start()
-        if self._closed:  # while the image was read
+        if self._closed:  # while the image was read, or before another attempt
             self._call.cancel()
             raise StopAsyncIteration
+        return await self._call.read()
 
     async def _read(self) -> Any:
         try:
+            if not self._begun:
+                response: Any = await tenacity.AsyncRetrying(**transport.RETRYING)(self._first)
+                self._begun = True
+                return response
             return await self._call.read()
         except grpc.RpcError as error:
             raise core.client_error(error, self._client.url, self._timeout) from error
@@ -111,12 +119,13 @@ class AsyncClient:
         url: str = transport.DEFAULT_URL,
         *,
         model: str = BLIP2,
-        timeout: float | None = None,
+        timeout: float = transport.DEFAULT_TIMEOUT_S,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """Connect to ``url``, HOST:PORT of the server's gRPC endpoint (the connection is made with the first request).
 
-        ``timeout`` in seconds holds for every request that does not have its own; ``credentials`` turn on TLS.
+        ``timeout`` in seconds holds for every request that does not have its own, waiting and retries included;
+        ``credentials`` turn on TLS.
         """
         self.url = transport.check_url(url)
         self._model = model
@@ -203,11 +212,17 @@ class AsyncClient:
         check_names(options)
         timeout = self._timeout if timeout is None else core.check_timeout(timeout)
 
+        @functools.cache
+        def encoded() -> service_pb2.ModelInferRequest:
+            """The request, made once however often it is sent."""
+            return core.encode_request(self._model, image_files(image), prompt, options, stream=stream)
+
+        deadline = time.monotonic() + timeout
+
         async def start() -> Any:
             # reading a file, or compressing a Pillow image, would hold up the event loop
-            files = [image] if isinstance(image, bytes) and image else await asyncio.to_thread(image_files, image)
-            request = core.encode_request(self._model, files, prompt, options, stream=stream)
-            return self._method()(request, timeout=timeout)
+            request = await asyncio.to_thread(encoded)
+            return self._method()(request, timeout=max(0.0, deadline - time.monotonic()))
 
         return AsyncTextStream(self, start, timeout)
 

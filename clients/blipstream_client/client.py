@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import tenacity
 from tritonclient.grpc import service_pb2
 
 from blipstream.contract import BLIP2
@@ -27,16 +29,20 @@ class TextStream(Iterator[TextChunk]):
     the server. ``next`` raises a :class:`~blipstream.errors.ClientError` when the request fails.
     """
 
-    def __init__(self, call: Any, url: str, timeout: float | None) -> None:
-        self._call = call
+    def __init__(self, send: Callable[[], Any], url: str, timeout: float) -> None:
+        self._call: Any = None
+        self._send = send
+        self._tried = False
+        self._begun = False
         self._url = url
         self._timeout = timeout
         self._complete = False
         self._closed = False
+        self._call = send()
 
     def __next__(self) -> TextChunk:
         try:
-            response = next(self._call)
+            response = next(self._call) if self._begun else self._first()
         except StopIteration:
             if not self._complete:
                 raise core.incomplete(self._url) from None
@@ -51,6 +57,20 @@ class TextStream(Iterator[TextChunk]):
         self._complete = self._complete or chunk.is_last
         return chunk
 
+    def _first(self) -> Any:
+        """The first response; until it has come, a call may be sent again."""
+        response = tenacity.Retrying(**transport.RETRYING)(self._try)
+        self._begun = True
+        return response
+
+    def _try(self) -> Any:
+        if self._closed:
+            raise StopIteration
+        if self._tried:
+            self._call = self._send()
+        self._tried = True
+        return next(self._call)
+
     def _await_end(self) -> None:
         """Read the call of a failed request to its end: see :mod:`~blipstream_client.transport` for why."""
         with contextlib.suppress(grpc.RpcError):
@@ -60,7 +80,8 @@ class TextStream(Iterator[TextChunk]):
     def close(self) -> None:
         """End the stream; a server that is still generating stops. May be called by another thread."""
         self._closed = True
-        self._call.cancel()
+        if self._call is not None:
+            self._call.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -88,12 +109,13 @@ class Client:
         url: str = transport.DEFAULT_URL,
         *,
         model: str = BLIP2,
-        timeout: float | None = None,
+        timeout: float = transport.DEFAULT_TIMEOUT_S,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """Connect to ``url``, HOST:PORT of the server's gRPC endpoint (the connection is made with the first request).
 
-        ``timeout`` in seconds holds for every request that does not have its own; ``credentials`` turn on TLS.
+        ``timeout`` in seconds holds for every request that does not have its own, waiting and retries included;
+        ``credentials`` turn on TLS.
         """
         self.url = transport.check_url(url)
         self._model = model
@@ -158,7 +180,9 @@ class Client:
         if self._template is None:
             timeout = self._timeout if timeout is None else core.check_timeout(timeout)
             try:
-                self._template = core.decode_template(self._config(core.config_request(self._model), timeout=timeout))
+                retrying = tenacity.Retrying(**transport.RETRYING)
+                response = retrying(self._config, core.config_request(self._model), timeout=timeout)
+                self._template = core.decode_template(response)
             except grpc.RpcError as error:
                 self._template = core.default_template(error, self.url, timeout)
             except ValueError as error:  # as in _start
@@ -182,8 +206,10 @@ class Client:
     ) -> TextStream:
         request = core.encode_request(self._model, image_files(image), prompt, options, stream=stream)
         timeout = self._timeout if timeout is None else core.check_timeout(timeout)
+        deadline = time.monotonic() + timeout
         try:
-            call = self._call(request, timeout=timeout)
+            return TextStream(
+                lambda: self._call(request, timeout=max(0.0, deadline - time.monotonic())), self.url, timeout
+            )
         except ValueError as error:  # grpcio's way of saying that the channel was closed
             raise core.closed(self.url) from error
-        return TextStream(call, self.url, timeout)

@@ -67,14 +67,12 @@ def encode_request(
     return request
 
 
-def check_timeout(timeout: float | None) -> float | None:
-    """Return the timeout, in seconds; None waits for ever.
+def check_timeout(timeout: float) -> float:
+    """Return the timeout, in seconds.
 
     Raises:
         InvalidRequestError: it is not a positive, finite number.
     """
-    if timeout is None:
-        return None
     (seconds,) = _floats("timeout", timeout)
     if not 0 < seconds < math.inf:
         raise InvalidRequestError(f"timeout must be a finite number of seconds above 0, but it is {seconds}")
@@ -198,7 +196,7 @@ def decode_template(response: service_pb2.ModelConfigResponse) -> str:
     return response.config.parameters[QUESTION_TEMPLATE_PARAMETER].string_value or QUESTION_TEMPLATE
 
 
-def default_template(error: grpc.RpcError, url: str, timeout: float | None) -> str:
+def default_template(error: grpc.RpcError, url: str, timeout: float) -> str:
     """BLIP-2's template, for a server that gives no configurations away.
 
     Raises:
@@ -214,12 +212,11 @@ _NO_CONFIGURATION = ("UNIMPLEMENTED", "PERMISSION_DENIED", "UNAUTHENTICATED")
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-def client_error(error: grpc.RpcError, url: str, timeout: float | None) -> ClientError:
+def client_error(error: grpc.RpcError, url: str, timeout: float) -> ClientError:
     """The error for a call that failed, by its gRPC status; the calls of both of grpcio's APIs say it alike."""
     code = error.code().name
     if code == "DEADLINE_EXCEEDED":
-        within = "in time" if timeout is None else f"within {timeout:g} s"
-        return DeadlineExceededError(f"the server at {url} did not complete the answer {within}")
+        return DeadlineExceededError(f"the server at {url} did not complete the answer within {timeout:g} s")
     return _failure(code, error.details() or "no details were given", url)
 
 

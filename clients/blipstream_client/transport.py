@@ -9,15 +9,20 @@ A failed request is told by a message in its last response, not by a gRPC status
 The call is read to its end even so: where one is cancelled just after its last response, that release may keep what it
 held of the model, which is then not unloaded, and the server stops only when its time for that is up.
 
-Retries are gRPC's own (gRFC A6): a call that fails as UNAVAILABLE before its first response (the server starts again,
-a connection broke) is sent again, after a random wait that doubles each time. Nothing else is: a text is never
-generated twice, and a server that is too busy says so at once.
+A call that fails as UNAVAILABLE before its first response (the server starts again, a connection broke) is sent again,
+after a random wait that grows each time. Nothing else is: a text is never generated twice, and a server that is too
+busy says so at once. The retries are not gRPC's own (gRFC A6), which grpcio 1.85 does not survive: when the server ends
+the connection (GOAWAY) just as a call begins, that call now and then gets neither a response nor a status, not even at
+its deadline.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from typing import Any
+
+import grpc
+import tenacity
 
 from blipstream.errors import InvalidRequestError
 
@@ -26,27 +31,27 @@ DEFAULT_URL = "localhost:8001"
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 CONFIG_METHOD = "/inference.GRPCInferenceService/ModelConfig"
 
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": "inference.GRPCInferenceService"}],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
+DEFAULT_TIMEOUT_S = 300.0
+"""Seconds that a request may take where the caller does not say."""
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Whether a call failed because the server could not be reached."""
+    return isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
+
+
+RETRYING: Mapping[str, Any] = {
+    "stop": tenacity.stop_after_attempt(4),
+    "wait": tenacity.wait_exponential(multiplier=0.1, max=2.0) + tenacity.wait_random(0, 0.1),
+    "retry": tenacity.retry_if_exception(is_unavailable),
+    "reraise": True,
 }
+"""How tenacity sends a call again."""
 
 CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    # a request that does not fit is sent without retries, and the default (256 KiB) is less than most photographs
-    ("grpc.per_rpc_retry_buffer_size", 128 << 20),
+    ("grpc.enable_retries", 0),
     # after a failed connection gRPC would wait up to two minutes, and fail every call meanwhile
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 2000),

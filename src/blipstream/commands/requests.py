@@ -56,7 +56,7 @@ class RequestOptions:
         ),
     ] = None
     json_lines: Annotated[bool, typer.Option("--json", help="Write one JSON object a line for each answer.")] = False
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that an answer may take.")] = None
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds that an answer may take.")] = 300.0
     max_tokens: Annotated[int | None, typer.Option(help="Tokens to generate at most.")] = None
     min_tokens: Annotated[int | None, typer.Option(help="Tokens to generate before the text may end.")] = None
     temperature: Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy.")] = None
