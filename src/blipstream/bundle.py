@@ -14,7 +14,8 @@ from blipstream.repository import CODE_FILE, CONFIG_FILE, own_code
 ALWAYS_HASHED = 16 << 20
 """Bytes of a file up to which its hash is always checked: code, configurations and tokenizers are smaller."""
 
-_CODE_SUFFIXES = frozenset({".py", ".so", ".pbtxt"})
+_CONFIG_SUFFIX = ".pbtxt"
+_CODE_SUFFIXES = frozenset({".py", ".so", _CONFIG_SUFFIX})
 _STUB = "triton_python_backend_stub"
 """Triton runs a program of this name in a model's folder in place of its own."""
 
@@ -45,7 +46,7 @@ def _check_files(bundle: Path, manifest: Manifest, verify: bool) -> None:
     missing = [name for name in wanted if not (bundle / name).is_file()]
     if missing:
         raise BundleError(f"{bundle} is incomplete, build it again: it lacks {_list(missing)}")
-    foreign = [*_unnamed_code(bundle, manifest), *_changed_code(bundle)]
+    foreign = list(_foreign_code(bundle, manifest))
     if foreign:
         raise BundleError(f"{bundle} holds code that is not Blipstream's, remove it: {_list(foreign)}")
     faults = (_fault(bundle / name, name, entry, verify) for name, entry in sorted(manifest.files.items()))
@@ -63,19 +64,15 @@ def _fault(path: Path, name: str, entry: FileEntry, verify: bool) -> str | None:
     return None
 
 
-def _unnamed_code(bundle: Path, manifest: Manifest) -> Iterator[str]:
-    """Files that Triton or a model could run, as deep as a model repository goes."""
+def _foreign_code(bundle: Path, manifest: Manifest) -> Iterator[str]:
+    """Files that Triton or a model could run, as deep as a model repository goes: unnamed, or not this package's."""
+    own = {f"{model}/{MODEL_VERSION}/{CODE_FILE}": own_code(model) for model in MODEL_NAMES}
     for path in (*bundle.glob("*/*"), *bundle.glob("*/*/*")):
-        name = path.relative_to(bundle).as_posix()
-        if (path.suffix in _CODE_SUFFIXES or path.name == _STUB) and name not in manifest.files:
-            yield name
-
-
-def _changed_code(bundle: Path) -> Iterator[str]:
-    for model in MODEL_NAMES:
-        path = bundle / model / MODEL_VERSION / CODE_FILE
-        if path.is_file() and path.read_bytes() != own_code(model):
-            yield path.relative_to(bundle).as_posix()
+        if path.suffix in _CODE_SUFFIXES or path.name == _STUB:
+            name = path.relative_to(bundle).as_posix()
+            is_own = path.suffix == _CONFIG_SUFFIX or (name in own and path.read_bytes() == own[name])
+            if name not in manifest.files or not is_own:
+                yield name
 
 
 def _list(names: list[str]) -> str:
