@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,18 @@ def export(model: Any, path: Path, dtype: torch.dtype = torch.float32, *, instru
 
 SIZES = TinySizes(qformer_hidden=32, qformer_heads=2)
 """With heads of 16, which the kernels know."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with torch.no_grad():
+        return export(make_blip2_opt(sizes=SIZES), tmp_path_factory.mktemp("graphs") / "qformer.onnx")
+
+
+@pytest.fixture
+def graph(exported: Path, tmp_path: Path) -> Path:
+    """The Q-Former's graph in fp32, which a test may change."""
+    return Path(shutil.copy(exported, tmp_path / "qformer.onnx"))
 
 
 def operators(path: Path) -> list[str]:
@@ -112,10 +125,9 @@ def test_weights_that_are_stored_in_half_precision(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(path, feed), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-def test_a_plugins_attributes_are_those_that_it_declares(tmp_path: Path) -> None:
-    path = export(make_blip2_opt(sizes=SIZES), tmp_path / "qformer.onnx")
-    use_plugins(path, LARGE)
-    split = next(node for node in ir.load(path).graph if node.op_type == SPLIT)
+def test_a_plugins_attributes_are_those_that_it_declares(graph: Path) -> None:
+    use_plugins(graph, LARGE)
+    split = next(node for node in ir.load(graph).graph if node.op_type == SPLIT)
     found = {name: attribute.value for name, attribute in split.attributes.items()}
     assert found.pop("scale") == pytest.approx(16**-0.5)
     assert found.pop("splits") == choose(Problem(1, 2, 6, TOKENS, 36, 16, "fp32"), LARGE.multiprocessors).splits
@@ -138,10 +150,9 @@ def test_heads_that_the_kernels_do_not_know_are_left_alone(tmp_path: Path) -> No
     assert path.read_bytes() == before
 
 
-def test_a_plugin_without_a_written_meaning(tmp_path: Path) -> None:
-    path = export(make_blip2_opt(sizes=SIZES), tmp_path / "qformer.onnx")
-    use_plugins(path, SMALL)
-    model = ir.load(path)
+def test_a_plugin_without_a_written_meaning(graph: Path) -> None:
+    use_plugins(graph, SMALL)
+    model = ir.load(graph)
     next(node for node in model.graph if node.op_type == WHOLE).op_type = "another"
     with pytest.raises(EngineError, match="there is no plugin another"):
         check_importable(model)

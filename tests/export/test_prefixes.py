@@ -1,4 +1,4 @@
-"""Further questions about an image, whose soft tokens the decoder has read before: each variant of OPT and LLaMA."""
+"""Each variant of OPT and LLaMA: logits of its graph, and of further questions about an image that it has read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from blipstream.decoding.request import Prompt
 from blipstream.engines import RowDecoder
 from blipstream.engines import decoder as decoders
-from tests.export.language_models import CASES, Exported, Exporter, expected_logits, make_prompts
+from tests.export.language_models import CASES, Exported, Exporter, decode_along, expected_logits, make_prompts
 
 MANY = 1 << 20
 
@@ -37,8 +37,12 @@ def hits(decoder: RowDecoder) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("language", "name"), [case for case in CASES if case[0] != "t5"])
-def test_further_questions_have_the_logits_of_transformers(language: str, name: str, exported: Exporter) -> None:
-    model, decoder = loaded(exported(language, name))
+def test_variants_have_the_logits_of_transformers(language: str, name: str, exported: Exporter) -> None:
+    """Rows that are prefilled at different times and stepped together; then questions about an image that is known."""
+    model, decoder = loaded(exported(language, name), 0)
+    decode_along(decoder, model)
+    decoder.close()
+    decoder = exported(language, name).load(MANY)
     image, other = make_prompts(model, [(4, 1), (4, 1)])
     prompts = [*about(image, [3, 9, 11], [7]), *about(other, [5, 6])]
     for row, prompt in enumerate(prompts):

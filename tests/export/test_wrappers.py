@@ -5,21 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from blipstream_export.models import opt
 from blipstream_export.models.opt import OPTDecoder
 from blipstream_export.models.qformer import InstructionQFormer, QFormer
 from blipstream_export.models.vision import VisionEncoder
 from blipstream_export.ops import attention, cached_attention
 from torch import Tensor
 
-from blipstream.decoding.request import Prompt
-from blipstream.engines.decoder import prefill_inputs
 from tests.support.checkpoints import TinySizes, make_blip2_opt
 from tests.support.instructblip import make_instructblip
-from tests.support.languages import OPT_VARIANTS
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
@@ -180,33 +175,6 @@ def test_soft_tokens_fill_narrow_embeddings_as_transformers_scatters_them() -> N
 # --- decoder ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPT_VARIANTS)
-def test_opt_decoder(name: str) -> None:
-    """Prefill of three rows of unequal lengths, then two decode steps, against the whole sequences in transformers."""
-    model = make_blip2_opt(opt=OPT_VARIANTS[name]).language_model
-    decoder = OPTDecoder(model).eval()
-    sizes = opt.decoder_section(model.config, max_sequences=3, max_tokens=12)
-    rng = np.random.default_rng(1)
-    texts = [rng.integers(0, 319, length).tolist() for length in (6, 3, 9)]  # the last two tokens come by steps
-    soft = [rng.standard_normal((rows, sizes.hidden_size)).astype(np.float32) for rows in (4, 2, 1)]
-    expected = [_opt_logits(model, *pair) for pair in zip(soft, texts, strict=True)]
-
-    prompts = [Prompt(rows, tuple(ids[:-2])) for rows, ids in zip(soft, texts, strict=True)]
-    inputs = {key: torch.from_numpy(value) for key, value in prefill_inputs(prompts).items()}
-    rows = (3, sizes.num_key_value_heads, 12, sizes.head_dim)
-    cache = [torch.zeros(rows) for _ in range(2 * sizes.num_layers)]
-    logits, *cache = decoder(*inputs.values(), cache)
-    assert_close(logits, torch.stack([whole[-3] for whole in expected]))
-    lengths = torch.tensor([prompt.num_tokens for prompt in prompts])
-    for step in (-2, -1):
-        tokens = torch.tensor([[ids[step]] for ids in texts])
-        unused, first = torch.zeros(1, sizes.hidden_size), torch.zeros(3, dtype=torch.int64)
-        total = (lengths.max() + 1).int()
-        logits, *cache = decoder(tokens, unused, lengths[:, None], first, lengths.int(), total, cache)
-        assert_close(logits, torch.stack([whole[step] for whole in expected]))
-        lengths = lengths + 1
-
-
 def test_tied_embeddings_are_one_tensor() -> None:
     decoder = OPTDecoder(make_blip2_opt().language_model)
     assert decoder.lm_head is None
@@ -214,8 +182,3 @@ def test_tied_embeddings_are_one_tensor() -> None:
     untied = OPTDecoder(make_blip2_opt(opt={"tie_word_embeddings": False}).language_model)
     assert untied.lm_head is not None
     assert not torch.equal(untied.lm_head.weight, untied.embed_tokens.weight)
-
-
-def _opt_logits(model: Any, soft_tokens: np.ndarray[Any, Any], ids: list[int]) -> Tensor:
-    embeds = torch.cat([torch.from_numpy(soft_tokens), model.get_input_embeddings()(torch.tensor(ids))])
-    return model(inputs_embeds=embeds[None]).logits[0]

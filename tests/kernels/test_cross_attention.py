@@ -24,8 +24,7 @@ def run(inputs: Inputs, form: Form | None, **options: object) -> torch.Tensor:
 
 @both_forms
 @all_dtypes
-@whole_and_split
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("splits", "masked"), [(1, False), (3, True)])
 def test_equals_torch(device: torch.device, form: Form, dtype: torch.dtype, splits: int, masked: bool) -> None:
     inputs = draw(queries=7, tokens=291, width=72, dtype=dtype, device=device, masked=masked)
     assert_as_exact_as_torch(run(inputs, form, splits=splits), inputs)
@@ -123,7 +122,7 @@ def test_a_row_without_a_key_gets_the_mean_of_all_values(device: torch.device, f
 
 @both_forms
 @whole_and_split
-@pytest.mark.parametrize("kept", [0, 200, 290])
+@pytest.mark.parametrize("kept", [0, 290])
 def test_one_key_left_in_some_block(device: torch.device, form: Form, splits: int, kept: int) -> None:
     inputs = draw(tokens=291, device=device, masked=True)
     assert inputs.key_mask is not None

@@ -80,14 +80,13 @@ def test_image_side_equals_lavis(image_size: int, parts: SavedParts, vit: VitNam
     assert_close(QFormer(model)(embeds), soft_tokens)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_vision_graph_equals_lavis(batch: int, parts: SavedParts, vit: VitName, tmp_path: Path) -> None:
+def test_vision_graph_equals_lavis(parts: SavedParts, tmp_path: Path) -> None:
     model = load_model(opened(parts))
     export_graph(VisionEncoder(model.vision_model), vision_inputs(28), tmp_path / GRAPH_FILE, engine="onnxruntime")
-    pixel_values = torch.randn(batch, 3, 28, 28)
     with create_engine("onnxruntime", tmp_path / GRAPH_FILE, threads=1) as engine:
-        found = engine.run({PIXEL_VALUES.name: pixel_values.numpy()})[IMAGE_EMBEDS.name]
-    assert_close(torch.from_numpy(found), reference(parts).image_embeds(pixel_values))
+        for pixel_values in (torch.randn(1, 3, 28, 28), torch.randn(3, 3, 28, 28)):
+            found = engine.run({PIXEL_VALUES.name: pixel_values.numpy()})[IMAGE_EMBEDS.name].copy()
+            assert_close(torch.from_numpy(found), reference(parts).image_embeds(pixel_values))
 
 
 @pytest.mark.parametrize(
