@@ -94,7 +94,8 @@ def is_passing(lines: Iterable[str]) -> bool:
 
 def find_cause(lines: Iterable[str]) -> str:
     """The line that tells best why the server did not start, as part of a sentence."""
-    texts = [_text(line) for line in lines if not any(part in line for part in _HARMLESS)]
+    lines = [line for line in lines if not any(part in line for part in _HARMLESS)]
+    texts = [_text(line) for line in lines]
     for pattern in _CAUSES:
         for text in texts:
             match = pattern.search(text)
@@ -102,7 +103,7 @@ def find_cause(lines: Iterable[str]) -> str:
                 cause = _OWN_ERRORS.sub("", match["cause"]).rstrip(".")
                 model = match.groupdict().get("model")
                 return f"model {model}: {cause}" if model else cause
-    alarming = [text for text in texts if text and not _TABLE.match(text)]
+    alarming = [text for line in lines if is_alarming(line) and (text := _text(line))]
     return alarming[-1] if alarming else "it said nothing"
 
 

@@ -43,7 +43,7 @@ _ATTEMPTS = 3
 """Starts, when a port that was chosen here is taken by someone else before the server binds it, or Triton fails by a
 race of its own."""
 _POLL_S = 0.05
-_SILENCE_S = 1.0
+_SILENCE_S = 3.0
 """Time that the server has to say why a model's process died."""
 _UNLOAD_S = 30.0
 """Time beyond the grace that the server has to unload its models."""
