@@ -59,7 +59,7 @@ def test_parameters_by_json(server: TritonServer, image: bytes) -> None:
     ("fields", "fault"),
     [
         ({"image": "data:image/png;base64,!"}, "data: URL of base64, but it holds b'!'"),
-        ({"image": "abcde"}, "it is not valid base64"),
+        ({"image": "abcde"}, "the text 'abcde' was given, and an encoded image file, or base64 or a data: URL"),
         ({"image": base64.b64encode(b"%PDF-1.7").decode()}, "it looks like a PDF file"),
         ({}, "neither image nor image_input was given"),
         ({"prompt": "a"}, "there is no option called 'prompt', and text_input was expected"),
