@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
@@ -179,4 +180,6 @@ def _show(server: TritonServer, bundle: Path, console: Console) -> None:
 
 
 def _say(console: Console, *lines: str) -> None:
+    if isinstance(console.file, io.TextIOWrapper):  # a path may have what the terminal's encoding lacks
+        console.file.reconfigure(errors="backslashreplace")
     console.print(printable("\n".join(lines)), markup=False, highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shlex
 import signal
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from blipstream.bundle import check_bundle, sha256
 from blipstream.cli import app
-from blipstream.commands.serve import _StopSignals
+from blipstream.commands.serve import _say, _StopSignals
 from blipstream.config import ServerConfig
 from blipstream.errors import BlipstreamError, BundleError, ServerStartError
 from blipstream.manifest import FileEntry, Manifest
@@ -240,6 +242,14 @@ def test_what_of_the_environment_is_handed_on(
 ) -> None:
     monkeypatch.setenv(name, value)
     assert Installation.find().environment(1).get(name) == expected
+
+
+def test_any_path_can_be_said() -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, "latin-1")
+    _say(Console(file=stream), "Loading \u65e5\udcff\x1b")
+    stream.flush()
+    assert written.getvalue() == b"Loading \\u65e5\\ufffd\\ufffd\n"
 
 
 def test_a_signal_is_not_lost_in_a_finalizer() -> None:
