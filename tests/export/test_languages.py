@@ -20,6 +20,7 @@ from blipstream_export.models.t5 import T5Decoder, T5Encoder
 
 from blipstream.contract import DECODER_FILE, DECODER_IO, ENCODER_FILE
 from blipstream.engines import create_engine
+from blipstream.engines.decoder import pack_prompts, prefill_inputs
 from blipstream.errors import CheckpointError, UnsupportedCheckpointError
 from blipstream.manifest import DecoderSection, Precision
 from tests.export.language_models import (
@@ -31,11 +32,13 @@ from tests.export.language_models import (
     Exporter,
     assert_close,
     decode_along,
+    expected_logits,
     make_model,
+    make_prompts,
     module_of,
 )
 from tests.support.deferring import defer_parameters
-from tests.support.languages import LANGUAGES, T5_VARIANTS
+from tests.support.languages import LANGUAGES, LLAMA_VARIANTS, T5_VARIANTS
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +48,63 @@ def _no_grad() -> Any:
 
 
 # --- wrappers, run eagerly -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LLAMA_VARIANTS)
+def test_llama_decoder(name: str) -> None:
+    """Prefill of three rows of unequal lengths, then decode steps, against the whole sequences in transformers."""
+    model = make_model("llama", LLAMA_VARIANTS[name])
+    sizes = llama.decoder_section(model.config, max_sequences=3, max_tokens=CAPACITY)
+    decoder = LlamaDecoder(model, CAPACITY)
+    prompts = make_prompts(model, [(4, 5), (2, 1), (1, 12)])
+    inputs = {key: torch.from_numpy(value) for key, value in prefill_inputs(prompts).items()}
+    rows = (3, sizes.num_key_value_heads, CAPACITY, sizes.head_dim)
+    cache = [torch.zeros(rows) for _ in range(2 * sizes.num_layers)]
+    logits, *cache = decoder(*inputs.values(), cache)
+    generated: list[list[int]] = [[], [], []]
+    unused, first = torch.zeros(1, sizes.hidden_size), torch.zeros(3, dtype=torch.int64)
+    for step in range(3):
+        expected = [expected_logits(model, *row) for row in zip(prompts, generated, strict=True)]
+        assert_close(logits, torch.from_numpy(np.stack(expected)))
+        for row, token in zip(generated, (17, 3, 11), strict=True):
+            row.append(token + step)
+        lengths = torch.tensor([prompt.num_tokens + step for prompt in prompts])
+        tokens, total = torch.tensor([[row[-1]] for row in generated]), (lengths.max() + 1).int()
+        logits, *cache = decoder(tokens, unused, lengths[:, None], first, lengths.int(), total, cache)
+
+
+@pytest.mark.parametrize("name", T5_VARIANTS)
+def test_t5_encoder_and_decoder(name: str) -> None:
+    """Prompts of unequal lengths, then decode steps, against the whole sequences in transformers."""
+    model = make_model("t5", T5_VARIANTS[name])
+    sizes = t5.decoder_section(model.config, max_sequences=3, max_tokens=CAPACITY)
+    assert sizes.encoder is not None
+    prompts = make_prompts(model, [(4, 5), (2, 1), (1, 18)])
+    ids, soft, lengths = (torch.from_numpy(x) for x in pack_prompts(prompts))
+    encoded = T5Encoder(model)(ids, soft, lengths.int())
+    assert len(encoded) == 2 * sizes.num_layers
+    cross = [torch.full((*x.shape[:2], CAPACITY, x.shape[3]), torch.nan) for x in encoded]
+    for whole, part in zip(cross, encoded, strict=True):
+        for row, length in enumerate(lengths.tolist()):
+            whole[row, :, :length] = part[row, :, :length]  # what is behind a row's length must not be read
+    decoder = T5Decoder(model)
+    rows = (3, sizes.num_key_value_heads, CAPACITY, sizes.head_dim)
+    cache = [torch.zeros(rows) for _ in range(2 * sizes.num_layers)]
+    cross_lengths = ((lengths - 1).int(), lengths.max().int())
+    generated: list[list[int]] = [[], [], []]
+    start = sizes.encoder.decoder_start_token_id
+    for step in range(12):  # beyond the smallest of the distances that have a bias of their own
+        tokens = torch.tensor([[([start, *row])[-1]] for row in generated])
+        positions = torch.full((3, 1), step)
+        logits, *caches = decoder(
+            tokens, positions, positions[:, 0].int(), torch.tensor(step + 1).int(), *cross_lengths, cache, cross
+        )
+        cache, unchanged = caches[: len(cache)], caches[len(cache) :]
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(cross, unchanged, strict=True))
+        expected = [expected_logits(model, *row) for row in zip(prompts, generated, strict=True)]
+        assert_close(logits, torch.from_numpy(np.stack(expected)))
+        for row, token in zip(generated, (17, 3, 40), strict=True):
+            row.append(token + step)
 
 
 @pytest.mark.parametrize(("language", "name"), CASES)
