@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,16 @@ from tests.support.servers import Serving, served
 SLOTS = 3
 """Few, so that a few requests fill them."""
 QUEUE_SIZE = 24
-ROW_TOKENS = 20_000
+ROW_TOKENS = 12_000
 """Many, so that a request can keep its slot for as long as a test needs."""
 CONFIG = ServerConfig(threads=1, queue_size=QUEUE_SIZE, max_image_bytes=4 << 20, max_image_pixels=2_000_000)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_shared_memory_is_left() -> Iterator[None]:
+    """Of all servers that this process has started."""
+    yield
+    assert not list(Path("/dev/shm").glob(f"blipstream_{os.getpid()}_*"))
 
 
 @pytest.fixture(scope="session")

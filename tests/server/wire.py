@@ -213,10 +213,17 @@ def settled(server: TritonServer, name: str, **labels: str) -> float:
 
 
 def runs(server: TritonServer, model: str) -> int:
-    """Inferences of a model since the server started."""
-    with triton.InferenceServerClient(server.grpc_url) as client:
-        statistics = client.get_inference_statistics(model, client_timeout=PATIENCE_S)
-    return int(statistics.model_stats[0].inference_stats.success.count)
+    """Inferences of a model since the server started, once the number stands still: Triton counts after it answers."""
+    counts = [-1]
+
+    def stands_still() -> bool:
+        with triton.InferenceServerClient(server.grpc_url) as client:
+            statistics = client.get_inference_statistics(model, client_timeout=PATIENCE_S)
+        counts.append(int(statistics.model_stats[0].inference_stats.success.count))
+        return counts[-1] == counts[-2]
+
+    wait_until(stands_still)
+    return counts[-1]
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
