@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from blipstream import __version__ as __version__
 from blipstream.contract import QUESTION_TEMPLATE
 from blipstream_client.aio import AsyncClient, AsyncTextStream
 from blipstream_client.answers import FinishReason, Generation, TextChunk

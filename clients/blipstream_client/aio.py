@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2
 
 from blipstream.contract import BLIP2
 from blipstream_client import core, transport
-from blipstream_client.answers import Generation, TextChunk
+from blipstream_client.answers import Generation, TextChunk, Trimmer
 from blipstream_client.images import Images, image_files
 from blipstream_client.options import DecodingOptions, check_names, question_prompt
 
@@ -39,6 +39,7 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
         self._call: Any = None
         self._begun = False
         self._timeout = timeout
+        self._trimmer = Trimmer()
         self._complete = False
         self._closed = False
 
@@ -52,7 +53,7 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
             raise StopAsyncIteration
         if response.error_message:
             await self._await_end()
-        chunk = core.decode_response(response, self._client.url)
+        chunk = self._trimmer.trim(core.decode_response(response, self._client.url))
         self._complete = self._complete or chunk.is_last
         return chunk
 
@@ -135,6 +136,19 @@ class AsyncClient:
         self._template: str | None = None
         self.closed = False
         """Whether :meth:`aclose` was called."""
+
+    async def ready(self, *, timeout: float = 5.0) -> bool:
+        """Whether the server answers within ``timeout`` seconds and its model is loaded."""
+        ask = self._connected().unary_unary(
+            transport.READY_METHOD,
+            request_serializer=service_pb2.ModelReadyRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelReadyResponse.FromString,
+        )
+        try:
+            request = service_pb2.ModelReadyRequest(name=self._model)
+            return bool((await ask(request, timeout=core.check_timeout(timeout))).ready)
+        except grpc.RpcError:
+            return False
 
     async def generate(
         self, image: Images, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]
@@ -232,9 +246,9 @@ class AsyncClient:
             raise core.closed(self.url)
         if self._channel is None:  # made here, because a channel belongs to the event loop that is running
             if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.url, options=transport.CHANNEL_OPTIONS)
+                self._channel = grpc.aio.insecure_channel(self.url, options=transport.channel_options(self.url))
             else:
-                self._channel = grpc.aio.secure_channel(self.url, self._credentials, options=transport.CHANNEL_OPTIONS)
+                self._channel = grpc.aio.secure_channel(self.url, self._credentials, options=transport.channel_options(self.url))
         return self._channel
 
     def _method(self) -> Any:

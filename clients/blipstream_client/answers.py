@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 FinishReason = Literal["eos", "length", "stop", "cancelled"]
@@ -14,7 +14,7 @@ class TextChunk:
     """The text since the last chunk of a stream."""
 
     text: str
-    """May be empty; the chunks' texts joined are the whole text."""
+    """May be empty; the chunks' texts joined are the whole text, without white space around it."""
     finish_reason: FinishReason | None
     """Set in the last chunk alone."""
     num_input_tokens: int
@@ -32,11 +32,32 @@ class TextChunk:
         return self.finish_reason is not None
 
 
+class Trimmer:
+    """Removes the white space around a streamed text; within it, white space waits for what follows.
+
+    The reference usage of BLIP-2 strips the decoded text. Token ids stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self._pending = ""
+        self._begun = False
+
+    def trim(self, chunk: TextChunk) -> TextChunk:
+        """The next chunk, with what of the text can be shown now."""
+        text = self._pending + chunk.text
+        shown = text.rstrip()
+        self._pending = text[len(shown) :]
+        text = shown if self._begun else shown.lstrip()
+        self._begun = self._begun or bool(shown)
+        return replace(chunk, text=text)
+
+
 @dataclass(frozen=True)
 class Generation:
     """A whole generated text."""
 
     text: str
+    """Without white space around it."""
     finish_reason: FinishReason
     num_input_tokens: int
     """Soft tokens of the image and tokens of the prompt."""

@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2
 
 from blipstream.contract import BLIP2
 from blipstream_client import core, transport
-from blipstream_client.answers import Generation, TextChunk
+from blipstream_client.answers import Generation, TextChunk, Trimmer
 from blipstream_client.images import Images, image_files
 from blipstream_client.options import DecodingOptions, question_prompt
 
@@ -36,6 +36,7 @@ class TextStream(Iterator[TextChunk]):
         self._begun = False
         self._url = url
         self._timeout = timeout
+        self._trimmer = Trimmer()
         self._complete = False
         self._closed = False
         self._call = send()
@@ -53,7 +54,7 @@ class TextStream(Iterator[TextChunk]):
             raise core.client_error(error, self._url, self._timeout) from error
         if response.error_message:
             self._await_end()
-        chunk = core.decode_response(response, self._url)
+        chunk = self._trimmer.trim(core.decode_response(response, self._url))
         self._complete = self._complete or chunk.is_last
         return chunk
 
@@ -121,9 +122,9 @@ class Client:
         self._model = model
         self._timeout = core.check_timeout(timeout)
         if credentials is None:
-            self._channel = grpc.insecure_channel(url, options=transport.CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(url, options=transport.channel_options(url))
         else:
-            self._channel = grpc.secure_channel(url, credentials, options=transport.CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(url, credentials, options=transport.channel_options(url))
         self._call = self._channel.unary_stream(
             transport.METHOD,
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
@@ -135,6 +136,21 @@ class Client:
             response_deserializer=service_pb2.ModelConfigResponse.FromString,
         )
         self._template: str | None = None
+        self._ready = self._channel.unary_unary(
+            transport.READY_METHOD,
+            request_serializer=service_pb2.ModelReadyRequest.SerializeToString,
+            response_deserializer=service_pb2.ModelReadyResponse.FromString,
+        )
+
+    def ready(self, *, timeout: float = 5.0) -> bool:
+        """Whether the server answers within ``timeout`` seconds and its model is loaded."""
+        try:
+            request = service_pb2.ModelReadyRequest(name=self._model)
+            return bool(self._ready(request, timeout=core.check_timeout(timeout)).ready)
+        except grpc.RpcError:
+            return False
+        except ValueError as error:
+            raise core.closed(self.url) from error
 
     def generate(
         self, image: Images, prompt: str = "", *, timeout: float | None = None, **options: Unpack[DecodingOptions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast, get_args
@@ -24,6 +25,7 @@ from blipstream.errors import (
     RequestRefusedError,
     ServerUnavailableError,
 )
+from blipstream_client import transport
 from blipstream_client.answers import FinishReason, TextChunk
 from blipstream_client.options import check_names
 
@@ -212,12 +214,30 @@ _NO_CONFIGURATION = ("UNIMPLEMENTED", "PERMISSION_DENIED", "UNAUTHENTICATED")
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
+_CAUSES = (
+    ("Connection refused", "nothing listens there; `blipstream serve BUNDLE` starts a server"),
+    ("SETTINGS", "what listens there does not speak gRPC; the port for gRPC is 8001 by default, that for HTTP 8000"),
+    ("Socket closed", "the connection was closed: the server ended, or the port is not its port for gRPC"),
+)
+"""What gRPC says of a failed connection, and what it means."""
+
+
 def client_error(error: grpc.RpcError, url: str, timeout: float) -> ClientError:
     """The error for a call that failed, by its gRPC status; the calls of both of grpcio's APIs say it alike."""
     code = error.code().name
     if code == "DEADLINE_EXCEEDED":
         return DeadlineExceededError(f"the server at {url} did not complete the answer within {timeout:g} s")
-    return _failure(code, error.details() or "no details were given", url)
+    details = error.details() or "no details were given"
+    if code == "UNAVAILABLE":
+        details = next((cause for sign, cause in _CAUSES if sign in details), details) + _proxy_hint(url)
+    return _failure(code, details, url)
+
+
+def _proxy_hint(url: str) -> str:
+    """Says so where gRPC may have asked a proxy in place of the server."""
+    names = () if transport.is_loopback(url) else ("grpc_proxy", "https_proxy", "http_proxy")
+    name = next((name for name in names if os.environ.get(name)), None)
+    return f" ({name} names a proxy; no_proxy lists the hosts to reach without it)" if name else ""
 
 
 def _failure(code: str, message: str, url: str) -> ClientError:

@@ -13,11 +13,13 @@ A call that fails as UNAVAILABLE before its first response (the server starts ag
 after a random wait that grows each time. Nothing else is: a text is never generated twice, and a server that is too
 busy says so at once. The retries are not gRPC's own (gRFC A6), which grpcio 1.85 does not survive: when the server ends
 the connection (GOAWAY) just as a call begins, that call now and then gets neither a response nor a status, not even at
-its deadline.
+its deadline (grpc/grpc 39935, 41036: the timer of a retry can leave the call locked).
 """
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +32,7 @@ DEFAULT_URL = "localhost:8001"
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 CONFIG_METHOD = "/inference.GRPCInferenceService/ModelConfig"
+READY_METHOD = "/inference.GRPCInferenceService/ModelReady"
 
 DEFAULT_TIMEOUT_S = 300.0
 """Seconds that a request may take where the caller does not say."""
@@ -48,10 +51,16 @@ RETRYING: Mapping[str, Any] = {
 }
 """How tenacity sends a call again."""
 
-CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
+_SCHEMES = ("ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
+_HOST_PORT = re.compile(r"(?P<host>\[[^\s\[\]]+\]|[^\s:/\[\]]+)(:(?P<port>\d+))?", re.ASCII)
+
+_CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
     ("grpc.enable_retries", 0),
+    # a peer that is gone is noticed; pings more often than every five minutes would make Triton close the connection
+    ("grpc.keepalive_time_ms", 310_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
     # after a failed connection gRPC would wait up to two minutes, and fail every call meanwhile
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 2000),
@@ -59,12 +68,41 @@ CHANNEL_OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 
 
+def channel_options(url: str) -> tuple[tuple[str, Any], ...]:
+    """The options of a channel to ``url``; what is on this machine is never asked through an HTTP proxy."""
+    return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(not is_loopback(url))))
+
+
+def is_loopback(url: str) -> bool:
+    """Whether ``url`` names this machine."""
+    found = _HOST_PORT.fullmatch(_address(url))
+    host = found["host"].strip("[]") if found else ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 def check_url(url: str) -> str:
     """Return ``url`` if gRPC can make something of it: HOST:PORT, without a scheme or with one of gRPC's own.
 
     Raises:
-        InvalidRequestError: it is empty, or an HTTP address.
+        InvalidRequestError: it is none, or an HTTP address.
     """
-    if not url or url.startswith(("http://", "https://", "grpc://")):
-        raise InvalidRequestError(f"the server's URL must be HOST:PORT of its gRPC endpoint, but it is {url!r}")
-    return url
+    if isinstance(url, str) and url.startswith(_SCHEMES):
+        return url
+    found = _HOST_PORT.fullmatch(_address(url)) if isinstance(url, str) else None
+    if not found:
+        reason = ""
+    elif found["port"] is None:
+        reason = ", which has no port"
+    elif not 0 < int(found["port"]) < 65536:
+        reason = ", whose port is not from 1 to 65535"
+    else:
+        return url
+    raise InvalidRequestError(f"the server's URL must be HOST:PORT of its gRPC endpoint, but it is {url!r}{reason}")
+
+
+def _address(url: str) -> str:
+    """The URL without gRPC's scheme for names and addresses."""
+    return re.sub(r"^(dns:(///)?|ipv4:|ipv6:)", "", url)

@@ -92,11 +92,11 @@ class Meter:
 def _models(url: str) -> dict[str, ModelTotals]:
     import grpc
     from blipstream_client.core import client_error
-    from blipstream_client.transport import CHANNEL_OPTIONS
+    from blipstream_client.transport import channel_options
     from tritonclient.grpc import service_pb2
 
     try:
-        with grpc.insecure_channel(url, options=CHANNEL_OPTIONS) as channel:
+        with grpc.insecure_channel(url, options=channel_options(url)) as channel:
             ask = channel.unary_unary(
                 "/inference.GRPCInferenceService/ModelStatistics",
                 request_serializer=service_pb2.ModelStatisticsRequest.SerializeToString,

@@ -38,6 +38,9 @@ class Blocking:
         self._background = background
         self._client = client
 
+    def ready(self) -> bool:
+        return self._background.run(self._client.ready())
+
     def generate(self, *args: Any, **options: Any) -> Generation:
         return self._background.run(self._client.generate(*args, **options))
 

@@ -64,6 +64,9 @@ class FakeServer(service_pb2_grpc.GRPCInferenceServiceServicer):
             response.config.parameters["question_template"].string_value = self.template
         return response
 
+    def ModelReady(self, request: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:  # noqa: N802
+        return pb.ModelReadyResponse(ready=request.name == "blip2")
+
     def inputs(self, index: int = -1) -> dict[str, tuple[str, list[int], list[Any]]]:
         """Type, shape and values of each input of a request."""
         return {

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import re
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import grpc
 import pytest
-from blipstream_client import Generation
+from blipstream_client import Generation, transport
 
 from blipstream.errors import (
     ClientError,
@@ -24,7 +27,7 @@ from blipstream.errors import (
 from tests.unit.client.fake_server import INPUT_TOKENS, PATIENCE_S, WORDS, FakeServer, wait_until
 
 IMAGE = b"an image file"
-TEXT = "".join(WORDS)
+TEXT = "".join(WORDS).strip()
 TOKENS = (10, 11, 12, 13)
 
 
@@ -48,7 +51,7 @@ def test_generate_gives_the_whole_text(client: Any, server: FakeServer) -> None:
 
 def test_a_stream_gives_the_text_piece_by_piece(client: Any, server: FakeServer) -> None:
     chunks = list(client.stream(IMAGE, "a photo of"))
-    assert [chunk.text for chunk in chunks] == [*WORDS, ""]
+    assert [chunk.text for chunk in chunks] == ["a", *WORDS[1:], ""]
     assert [chunk.finish_reason for chunk in chunks] == [None, None, None, "eos"]
     assert [chunk.is_last for chunk in chunks] == [False, False, False, True]
     assert [chunk.num_output_tokens for chunk in chunks] == [1, 2, 3, 4]
@@ -207,7 +210,7 @@ def test_a_deadline_ends_the_request_on_both_sides(client: Any, server: FakeServ
 
 def test_a_deadline_holds_for_the_whole_stream(client: Any) -> None:
     stream = client.stream(IMAGE, "slow", timeout=0.3)
-    assert next(stream).text == " a"
+    assert next(stream).text == "a"
     with pytest.raises(TimeoutError):
         next(stream)
 
@@ -261,7 +264,7 @@ def test_a_refused_request_is_an_invalid_request(client: Any) -> None:
 
 def test_a_broken_call_says_why(client: Any, server: FakeServer) -> None:
     stream = client.stream(IMAGE, "break DATA_LOSS")
-    assert next(stream).text == " a"
+    assert next(stream).text == "a"
     with pytest.raises(ClientError, match=rf"^the server at {server.url} failed the request \(DATA_LOSS\): it broke$"):
         next(stream)
 
@@ -272,7 +275,7 @@ def test_a_stream_that_ends_too_early_is_an_error(client: Any, server: FakeServe
     ):
         client.generate(IMAGE, "cut")
     stream = client.stream(IMAGE, "cut")
-    assert next(stream).text == " a"
+    assert next(stream).text == "a"
     with pytest.raises(ClientError, match="before the text was complete"):
         next(stream)
 
@@ -286,14 +289,66 @@ def test_a_server_that_is_not_blipstreams_is_told_apart(client: Any, server: Fak
 
 def test_an_unreachable_server_is_named(connect: Callable[..., Any]) -> None:
     url = f"127.0.0.1:{free_port()}"
-    with pytest.raises(ServerUnavailableError, match=rf"^the server at {url} is unavailable: .*[Cc]onnect"):
+    with pytest.raises(
+        ServerUnavailableError, match=rf"^the server at {url} is unavailable: nothing listens there; `blipstream serve"
+    ):
         connect(url).caption(IMAGE)
 
 
-@pytest.mark.parametrize("url", ["", "http://localhost:8000", "https://localhost:8001"])
-def test_an_http_address_is_refused(connect: Callable[..., Any], url: str) -> None:
-    with pytest.raises(InvalidRequestError, match=rf"must be HOST:PORT of its gRPC endpoint, but it is '{url}'"):
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        *[(url, "$") for url in ("", "http://localhost:8000", "grpc://a:1", "::1:8001", "a b:1", " localhost:1", None)],
+        *[(url, ", which has no port$") for url in ("localhost", "[::1]", "dns:///localhost", "dns:host")],
+        *[(url, ", whose port is not from 1 to 65535$") for url in ("localhost:99999", "localhost:0")],
+    ],
+)
+def test_a_wrong_url_is_refused(connect: Callable[..., Any], url: str, reason: str) -> None:
+    message = rf"must be HOST:PORT of its gRPC endpoint, but it is {re.escape(repr(url))}{reason}"
+    with pytest.raises(InvalidRequestError, match=message):
         connect(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "loopback"),
+    [
+        *[(url, True) for url in ("localhost:1", "127.0.0.9:1", "[::1]:1", "dns:///localhost:1", "ipv6:[::1]:1")],
+        *[(url, False) for url in ("example.org:1", "10.0.0.1:1", "[fe80::1]:1", "unix:/socket")],
+    ],
+)
+def test_only_this_machine_is_reached_past_a_proxy(url: str, loopback: bool) -> None:
+    assert ("grpc.enable_http_proxy", int(not loopback)) in transport.channel_options(transport.check_url(url))
+
+
+def test_a_proxy_is_not_asked_for_this_machine(
+    connect: Callable[..., Any], server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert connect(server.url).caption(IMAGE).text == TEXT
+    with pytest.raises(ServerUnavailableError, match=r"server at 192\.0\.2\.1:1 .*grpc_proxy names a proxy"):
+        connect("192.0.2.1:1").caption(IMAGE)
+
+
+def test_a_server_of_another_protocol_is_told_apart(connect: Callable[..., Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    with other.accept()[0] as connection:
+                        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                        connection.recv(100)
+
+        Thread(target=serve, daemon=True).start()
+        with pytest.raises(ServerUnavailableError, match="does not speak gRPC"):
+            connect(f"127.0.0.1:{other.getsockname()[1]}").caption(IMAGE)
+
+
+def test_ready(connect: Callable[..., Any], server: FakeServer) -> None:
+    assert connect(server.url).ready()
+    assert not connect(server.url, model="other").ready()
+    assert not connect(f"127.0.0.1:{free_port()}").ready()
 
 
 def test_bad_requests_are_refused_before_they_are_sent(client: Any, server: FakeServer, tmp_path: Path) -> None:
@@ -329,7 +384,7 @@ def test_retries_end(client: Any, server: FakeServer) -> None:
 
 def test_nothing_is_sent_again_once_text_has_come(client: Any, server: FakeServer) -> None:
     stream = client.stream(IMAGE, "break UNAVAILABLE")
-    assert next(stream).text == " a"
+    assert next(stream).text == "a"
     with pytest.raises(ServerUnavailableError, match="it broke"):
         next(stream)
     assert len(server.requests) == 1

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 from blipstream_client import DecodingOptions, FinishReason, Generation, TextChunk, question_prompt
+from blipstream_client.answers import Trimmer
 from blipstream_client.core import decode_response, encode_request
 from tritonclient.grpc import service_pb2 as pb
 
@@ -130,6 +131,15 @@ def test_chunks_without_a_last_one_are_no_whole_text() -> None:
         Generation.join([TextChunk("a", None, 1, 1)])
     with pytest.raises(ValueError, match="finish_reason"):
         Generation.join([])
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (1, 2, 4), (3, 6, 7), tuple(range(1, 9))])
+def test_a_streamed_text_is_stripped_as_a_whole_one(cuts: tuple[int, ...]) -> None:
+    text, trimmer = " \n a  b \n", Trimmer()
+    pieces = [text[start:end] for start, end in zip((0, *cuts), (*cuts, None), strict=True)]
+    chunks = [trimmer.trim(TextChunk(piece, None, 1, 1, (7,))) for piece in pieces]
+    assert "".join(chunk.text for chunk in chunks) == text.strip()
+    assert all(chunk.token_ids == (7,) for chunk in chunks)
 
 
 def test_an_error_ends_a_request_whatever_else_the_response_holds() -> None:

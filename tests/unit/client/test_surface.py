@@ -17,7 +17,7 @@ def test_every_public_method_says_what_it_does(name: str) -> None:
             assert value.__doc__, f"{name}.{attribute}"
 
 
-@pytest.mark.parametrize("method", ["__init__", "generate", "stream", "caption", "ask"])
+@pytest.mark.parametrize("method", ["__init__", "generate", "stream", "caption", "ask", "ready"])
 def test_both_clients_take_the_same(method: str) -> None:
     sync = inspect.signature(getattr(blipstream_client.Client, method)).parameters
     aio = inspect.signature(getattr(blipstream_client.AsyncClient, method)).parameters
