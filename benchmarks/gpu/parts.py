@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.gpu.environment import Environment
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.runner import Outcome
+from blipstream.extras import install
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FULL_SIZE = "opt-2.7b"
@@ -147,7 +148,7 @@ def has_tensorrt(environment: Environment, plan: Plan) -> str | None:
     del plan
     if environment.tensorrt is not None:
         return None
-    return "TensorRT cannot be imported: `pip install 'blipstream[tensorrt]'` brings it"
+    return f"TensorRT cannot be imported: {install('tensorrt')} brings it"
 
 
 def has_cuda_provider(environment: Environment, plan: Plan) -> str | None:
@@ -155,7 +156,7 @@ def has_cuda_provider(environment: Environment, plan: Plan) -> str | None:
     del plan
     if "CUDAExecutionProvider" in environment.providers:
         return None
-    return "ONNX Runtime has no CUDAExecutionProvider: `pip install 'blipstream[cuda]'` brings it"
+    return f"ONNX Runtime has no CUDAExecutionProvider: {install('cuda')} brings it"
 
 
 _ENGINE_NEEDS: Mapping[str, tuple[Need, ...]] = {

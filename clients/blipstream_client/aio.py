@@ -248,7 +248,9 @@ class AsyncClient:
             if self._credentials is None:
                 self._channel = grpc.aio.insecure_channel(self.url, options=transport.channel_options(self.url))
             else:
-                self._channel = grpc.aio.secure_channel(self.url, self._credentials, options=transport.channel_options(self.url))
+                self._channel = grpc.aio.secure_channel(
+                    self.url, self._credentials, options=transport.channel_options(self.url)
+                )
         return self._channel
 
     def _method(self) -> Any:

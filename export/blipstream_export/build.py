@@ -22,8 +22,9 @@ from blipstream.contract import (
     TOKENIZER_FILE,
     VISION_ENCODER,
 )
-from blipstream.engines import check_onnxruntime_cuda, needing_tensorrt
-from blipstream.errors import BundleError
+from blipstream.engines import check_onnxruntime_cuda
+from blipstream.errors import BundleError, EngineError
+from blipstream.extras import needing
 from blipstream.manifest import DecoderSection, EngineName, Manifest, Precision
 from blipstream.repository import write_models
 from blipstream_export.accuracy import Question, measure_accuracy, read_images, read_test_set
@@ -263,7 +264,7 @@ class _Build:
         if self._options.engine == "onnxruntime-cuda":
             check_onnxruntime_cuda()
         elif self._options.engine == "tensorrt":
-            with needing_tensorrt():
+            with needing("tensorrt", EngineError):
                 from blipstream_export.plans.builder import PlanBuilder
             self._plan_builder = PlanBuilder(self._options.plans or PlanOptions())
             if _QUANTIZED & set(self._precisions.as_dict().values()):

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from blipstream.errors import BlipstreamError
+from blipstream.extras import needing
 from blipstream.manifest import EngineName
 from blipstream_export import options
 from blipstream_export.observer import BuildObserver
@@ -22,8 +23,6 @@ from blipstream_export.terminal import Terminal, show
 if TYPE_CHECKING:
     from blipstream_export.build import BuildResult
     from blipstream_export.checkpoint import Source
-
-_EXTRA = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "PIL")
 
 
 def build(
@@ -109,25 +108,14 @@ def _source(checkpoint: str | None, trained: Path | None, parts: Mapping[str, An
         raise BlipstreamError("neither CHECKPOINT nor --lavis was given, and one of them says what to build")
     if parts["llm"] is None:
         raise BlipstreamError("--lavis names the trained part alone: its language model is expected as --llm FOLDER")
-    with _extra():
+    with needing("export"):
         from blipstream_export.lavis.composition import LavisParts
 
         return LavisParts(trained, **parts)
 
 
-@contextmanager
-def _extra() -> Iterator[None]:
-    """Say what to install where something of the extra is missing."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
-            raise
-        raise BlipstreamError(f"{error.name} is not installed: building a bundle needs blipstream[export]") from None
-
-
 def _run(checkpoint: str | Source, output: Path, options: Mapping[str, Any], observer: BuildObserver) -> BuildResult:
-    with _extra():
+    with needing("export"):
         from blipstream_export import build as builder
     return builder.build(checkpoint, output, builder.BuildOptions(**options), observer=observer)
 

@@ -18,7 +18,7 @@ from blipstream.commands.chat import chat
 from blipstream.commands.plan import plan
 from blipstream.commands.serve import serve
 
-app = typer.Typer(name="blipstream", no_args_is_help=True)
+app = typer.Typer(name="blipstream", no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 for command in (build, serve, caption, ask, chat, bench, plan):
     app.command()(command)
 

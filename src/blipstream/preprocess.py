@@ -28,6 +28,7 @@ import numpy.typing as npt
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from blipstream.errors import InvalidImageError
+from blipstream.extras import install
 from blipstream.image_files import DEFAULT_LIMITS, ImageLimits, kind_of, one_line, resolve_image
 from blipstream.orientation import upright
 
@@ -237,7 +238,7 @@ def _unknown_kind(file: bytes) -> InvalidImageError:
     if name in readable:
         return _damaged(file, EOFError("its header is incomplete or damaged"))
     if name in FORMATS:
-        needed = "`pip install 'blipstream[heic]'`" if kind == "HEIC" else "a Pillow that was built with it"
+        needed = install("heic") if kind == "HEIC" else "a Pillow that was built with it"
         return InvalidImageError(
             f"the image is a {kind} file, which this installation cannot read without {needed}: "
             f"one of {', '.join(readable)} was expected"

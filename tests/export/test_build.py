@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from blipstream.cli import app
 from blipstream.contract import MODEL_NAMES
+from blipstream.extras import install
 from blipstream.manifest import BUNDLE_REVISION, MANIFEST_FILE, PARITY_FILE, Manifest
 from tests.support.checkpoints import save_blip2
 
@@ -196,7 +197,7 @@ def test_without_the_extra_the_command_says_what_to_install(tmp_path: Path) -> N
     command = [sys.executable, "-c", code, "build", "checkpoint", "-o", str(tmp_path / "bundle")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "blipstream build: torch is not installed: building a bundle needs blipstream[export]\n"
+    assert done.stderr == f"blipstream build: torch is not installed: {install('export')} brings it\n"
 
 
 def test_the_command_line_starts_without_torch() -> None:

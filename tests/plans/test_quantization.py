@@ -37,7 +37,7 @@ from tests.support.checkpoints import make_blip2_opt, save_blip2_opt
 
 needs_modelopt = pytest.mark.skipif(
     importlib.util.find_spec("modelopt") is None,
-    reason="nvidia-modelopt is not installed: `pip install 'blipstream[quantize]'`",
+    reason="nvidia-modelopt is not installed: `pip install -e '.[quantize]'`",
 )
 
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
@@ -345,7 +345,7 @@ def test_without_modelopt(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setitem(sys.modules, "modelopt", None)
     monkeypatch.setattr(module, "load_model", lambda *_args, **_options: pytest.fail("work was done"))
-    text = r"modelopt\S* is not installed: int8 and fp8 of TensorRT need `pip install 'blipstream\[quantize\]'`"
+    text = r"modelopt\S* is not installed: `pip install -e '\.\[quantize\]'`"
     with pytest.raises(EngineError, match=text):
         build(str(checkpoint), tmp_path / "bundle", BuildOptions(engine="tensorrt", precision="decoder=int8"))
     assert not (tmp_path / "bundle").exists()

@@ -75,5 +75,5 @@ def assert_equal(reference: Reference, asks: Sequence[Ask], answers: Sequence[li
     for ask, chunks in zip(asks, answers, strict=True):
         tokens, text = reference.generate(ask, **options)
         assert [token for chunk in chunks for token in chunk.token_ids] == tokens, ask.prompt
-        assert "".join(chunk.text for chunk in chunks) == text
+        assert "".join(chunk.text for chunk in chunks) == text.strip()
         assert chunks[-1].num_output_tokens == len(tokens)

@@ -67,7 +67,7 @@ def test_mixed_requests_equal_the_checkpoint(server: TritonServer, checkpoint: P
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
 @pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
 def test_without_tensorrt_the_server_says_what_to_install(bundle: Path) -> None:
-    with pytest.raises(ServerStartError, match=r"tensorrt is not installed: `pip install 'blipstream\[tensorrt\]'`"):
+    with pytest.raises(ServerStartError, match=r"tensorrt is not installed: `pip install -e '\.\[tensorrt\]'`"):
         start_and_stop(bundle)
 
 

@@ -19,6 +19,7 @@ import tensorrt as trt
 from blipstream.engines import cuda
 from blipstream.engines.tensorrt import Logger
 from blipstream.errors import EngineError
+from blipstream.extras import needing
 from blipstream.manifest import HardwareLevel, PlanSection
 from blipstream_export.lowering.plugins import Gpu, has_plugins
 from blipstream_export.plans.options import PlanOptions
@@ -176,12 +177,8 @@ class _Progress(trt.IProgressMonitor):  # type: ignore[misc]  # TensorRT has no 
 
 def _register_plugins() -> None:
     """Let TensorRT know Blipstream's plugins."""
-    try:
+    with needing("kernels", EngineError, "; --no-plugins does without"):
         import blipstream_kernels.plugin  # noqa: F401  (registers them)
-    except ModuleNotFoundError as error:
-        raise EngineError(
-            f"{error.name} is not installed: `pip install 'blipstream[kernels]'` brings it; --no-plugins does without"
-        ) from None
 
 
 def _hint(plugins: bool) -> str:

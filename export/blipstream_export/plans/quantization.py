@@ -28,6 +28,7 @@ import onnx_ir as ir
 import torch
 
 from blipstream.errors import EngineError
+from blipstream.extras import needing
 from blipstream_export.initializers import WeightTensor, write_model
 from blipstream_export.lowering.tensorrt_reference import write_standard_form
 from blipstream_export.plans.samples import Feed
@@ -184,14 +185,10 @@ def check_modelopt() -> None:
 
 def _modelopt() -> Any:
     """Its module ``modelopt.onnx``, with what is used of it imported."""
-    try:
+    with needing("quantize", EngineError):
         import modelopt.onnx
         import modelopt.onnx.quantization
         import modelopt.onnx.trt_utils
-    except ModuleNotFoundError as error:
-        raise EngineError(
-            f"{error.name} is not installed: int8 and fp8 of TensorRT need `pip install 'blipstream[quantize]'`"
-        ) from None
     return modelopt.onnx
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,13 +15,13 @@ from rich.console import Console
 from blipstream.commands.options import with_options
 from blipstream.commands.requests import complain
 from blipstream.errors import BlipstreamError, InvalidRequestError
+from blipstream.extras import needing
 
 if TYPE_CHECKING:
     from blipstream.bench.load import Target
     from blipstream.bench.runner import Plan, Runner
 
 _DEFAULT_URL = "localhost:8001"
-_EXTRA = ("PIL", "grpc", "tritonclient", "google", "matplotlib", "prometheus_client")
 _MOST_CLIENTS = 1024
 _MOST_SECONDS = 86400
 _INTERRUPTED = 130
@@ -104,7 +103,7 @@ class BenchOptions:
 def bench(*, options: BenchOptions) -> None:
     """Put a server under load and measure what its clients see."""
     try:
-        with _needing_extra():
+        with needing("bench"):
             status = _run(options)
     except BlipstreamError as error:
         complain("bench", str(error))
@@ -180,13 +179,3 @@ def _target(options: BenchOptions) -> Target:
     from blipstream.bench.kserve import KServe
 
     return KServe(options.url, options.model, options.timeout)
-
-
-@contextmanager
-def _needing_extra() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
-            raise
-        raise BlipstreamError(f"{error.name} is not installed: `pip install 'blipstream[bench]'` brings it") from None

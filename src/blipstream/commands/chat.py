@@ -66,7 +66,9 @@ class _Chat:
     def _command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
         try:
-            if name == "/image" and argument:
+            if name == "/image":
+                if not argument:
+                    raise InvalidRequestError("/image needs the file to talk about: /image FILE")
                 self._image, self._file = _read(argument.strip()), argument.strip()
                 self._conversation.reset()
             elif name == "/reset":

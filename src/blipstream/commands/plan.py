@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from blipstream.planning.stages import StageTimes
 
 _BUSY_CORES = 0.25
-_EXTRA = ("PIL", "numpy", "onnxruntime", "tokenizers")
 
 
 def plan(
@@ -57,11 +56,6 @@ def plan(
                 simulate(stages.scaled(factor), questions, request_rate, limits, percentile)
                 for factor in (1.0, stages.slowest, stages.fastest)
             )
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
-            raise
-        complain("plan", f"{error.name} is not installed: `pip install 'blipstream[server,bench]'` brings it")
-        raise typer.Exit(1) from None
     except BlipstreamError as error:
         complain("plan", str(error))
         raise typer.Exit(1) from None

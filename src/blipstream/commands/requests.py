@@ -5,11 +5,13 @@ Importing it is cheap, and works without the client extra: the client comes with
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,9 +21,10 @@ from rich.console import Console
 
 from blipstream.commands.options import with_options
 from blipstream.errors import BlipstreamError
+from blipstream.extras import needing
 
 if TYPE_CHECKING:
-    from blipstream_client import Client, Generation, TextChunk
+    from blipstream_client import Client, Generation
 
 STDIN = "-"
 """File name by which an image is read from standard input."""
@@ -29,7 +32,6 @@ STDIN = "-"
 _CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 """Characters by which a text could do more to a terminal than appear on it."""
 
-_EXTRA = ("grpc", "tritonclient", "google")
 _NOT_DECODING = frozenset({"url", "json_lines", "timeout"})
 
 ImageFile = Annotated[str, typer.Argument(metavar="FILE", help="An image file; - reads it from standard input.")]
@@ -107,15 +109,16 @@ class Session:
             answer = self.generate(image, prompt)
             self.show(file, answer, **fields)
             return answer.generation.text
-        texts: list[str] = []
+        text = ""
         with self.client.stream(image, prompt, **self._decoding) as chunks:
             try:
-                for text in visible(_texts(chunks, texts)):
-                    self._write(text)
+                for chunk in chunks:
+                    text += chunk.text
+                    self._write(chunk.text)
             finally:
-                if any(map(str.strip, texts)) or sys.exc_info()[0] is None:
+                if text or sys.exc_info()[0] is None:
                     self._write("\n")
-        return "".join(texts)
+        return text
 
     def show(self, file: str, answer: Answer, *, named: bool = False, **fields: Any) -> None:
         """Show a whole text, on a terminal or in a pipe after its file's name if it is to be ``named``."""
@@ -124,7 +127,7 @@ class Session:
             return
         if named:
             self._write(f"{printable(file)}: ", style="cyan")
-        self._write(answer.generation.text.strip() + "\n")
+        self._write(answer.generation.text + "\n")
 
     def fail(self, error: Exception, file: str | None = None, **fields: str) -> None:
         """Report a failure, by the name of the file that it belongs to, and go on."""
@@ -167,6 +170,8 @@ class Answer:
 @contextmanager
 def session(command: str, options: RequestOptions) -> Iterator[Session]:
     """A session with the server, at whose end the process exits with status 1 if anything failed."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks must not end a batch
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _connect(options) as client:
             running = Session(command, client, options)
@@ -174,17 +179,19 @@ def session(command: str, options: RequestOptions) -> Iterator[Session]:
     except BlipstreamError as error:
         complain(command, str(error))
         raise typer.Exit(1) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail to flush it at its end
+        complain(command, f"the answer cannot be written: {error.strerror or error}")
+        raise typer.Exit(1) from None
     if running.any_failed:
         raise typer.Exit(1)
 
 
 def _connect(options: RequestOptions) -> Client:
-    try:
+    with needing("client"):
         from blipstream_client import DEFAULT_URL, Client
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
-            raise
-        raise BlipstreamError(f"{error.name} is not installed: talking to a server needs blipstream[client]") from None
     return Client(DEFAULT_URL if options.url is None else options.url, timeout=options.timeout)
 
 
@@ -201,23 +208,3 @@ def read_source(file: str) -> str | bytes:
 def printable(file: str) -> str:
     """A file name that any terminal can show; what is not UTF-8, or a control character, is replaced."""
     return os.fsencode(file).decode("utf-8", "replace").translate(_CONTROL)
-
-
-def visible(texts: Iterable[str]) -> Iterator[str]:
-    """The pieces of a text without the white space around the whole; pieces are passed on as soon as they are seen."""
-    pending = ""
-    begun = False
-    for text in texts:
-        pending += text
-        shown = pending.rstrip()
-        if shown:
-            yield shown if begun else shown.lstrip()
-            pending = pending[len(shown) :]
-            begun = True
-
-
-def _texts(chunks: Iterable[TextChunk], texts: list[str]) -> Iterator[str]:
-    """The chunks' texts, which are also appended to ``texts``."""
-    for chunk in chunks:
-        texts.append(chunk.text)
-        yield chunk.text

@@ -7,8 +7,7 @@ of a language model into what the decode loop needs, whatever its kind.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from blipstream.contract import DECODER_FILE, ENCODER_FILE
@@ -17,6 +16,7 @@ from blipstream.engines.decoder import CachedDecoder, RowDecoder
 from blipstream.engines.encoder_decoder import EncoderDecoder
 from blipstream.engines.platform import check_platform
 from blipstream.errors import EngineError
+from blipstream.extras import needing
 from blipstream.manifest import DecoderSection, Manifest
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "check_onnxruntime_cuda",
     "create_engine",
     "load_decoder",
-    "needing_tensorrt",
     "open_engine",
 ]
 
@@ -66,22 +65,9 @@ def _silence_onnxruntime() -> None:
 
 def _tensorrt(path: Path, threads: int | None) -> Engine:
     del threads  # nothing of it runs on the CPU
-    with needing_tensorrt():
+    with needing("tensorrt", EngineError):
         from blipstream.engines.tensorrt import TensorRTEngine
     return TensorRTEngine(path)
-
-
-@contextmanager
-def needing_tensorrt() -> Iterator[None]:
-    """Say what to install where something of TensorRT's extra is imported and missing.
-
-    Raises:
-        EngineError: it is missing.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise EngineError(f"{error.name} is not installed: `pip install 'blipstream[tensorrt]'` brings it") from None
 
 
 _ENGINES: dict[str, Callable[[Path, int | None], Engine]] = {
@@ -126,7 +112,7 @@ def open_engine(manifest: Manifest, folder: Path, graph: str, *, threads: int | 
 
 def _tensorrt_here() -> tuple[str, str, str]:
     """TensorRT's version, the GPU's name and its compute capability."""
-    with needing_tensorrt():
+    with needing("tensorrt", EngineError):
         import tensorrt
 
         from blipstream.engines import cuda

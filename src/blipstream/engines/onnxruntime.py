@@ -15,6 +15,7 @@ from blipstream.engines.base import BoundRun, Engine, TensorInfo
 from blipstream.engines.cache import CacheShape, KVCache
 from blipstream.engines.memory import BFLOAT16, Array, DeviceArray, Tensor
 from blipstream.errors import EngineError
+from blipstream.extras import install, needing
 from blipstream.paths import utf8_path
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -142,12 +143,10 @@ def load_cuda() -> Any:
     if "CUDAExecutionProvider" not in providers:
         raise EngineError(
             f"the installed onnxruntime {ort.__version__} has {', '.join(providers)}, and CUDAExecutionProvider is "
-            "needed: `pip install 'blipstream[cuda]'` in place of onnxruntime"
+            f"needed, in place of onnxruntime: {install('cuda')} brings it"
         )
-    try:
+    with needing("cuda", EngineError):
         from blipstream.engines import cuda
-    except ModuleNotFoundError as error:
-        raise EngineError(f"{error.name} is not installed: `pip install 'blipstream[cuda]'` brings it") from None
     cuda.check_device()
     return cuda
 

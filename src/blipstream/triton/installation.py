@@ -5,7 +5,7 @@
 backend folder that holds the backend and the right stub; :meth:`Installation.make_backends` makes one of links.
 
 The same bundle is a model repository for any Triton with the Python backend, NVIDIA's container among them
-(:mod:`blipstream.triton.container`), once ``pip install 'blipstream[models]'`` was run for the interpreter that its
+(:mod:`blipstream.triton.container`), once ``pip install '.[models]'`` was run for the interpreter that its
 stub embeds. What this package does beyond that is to find the server, to bound its threads and to clean up after it.
 The pip-installed server is older than Triton's security fixes of 2025; therefore it is bound to the loopback address,
 and serving a network is the container's part.
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blipstream.errors import ServerStartError
+from blipstream.extras import install
 
 _PACKAGE = "pytriton"
 _LIBRARIES = "nvidia_pytriton.libs"
@@ -52,7 +53,7 @@ class Installation:
         """
         spec = importlib.util.find_spec(_PACKAGE)
         if spec is None or spec.origin is None:
-            raise ServerStartError("tritonserver is not installed: `pip install 'blipstream[server]'` brings it")
+            raise ServerStartError(f"tritonserver is not installed: {install('server')} brings it")
         _check_numpy()
         package = Path(spec.origin).parent
         root = package / "tritonserver"

@@ -101,7 +101,7 @@ def test_without_a_gpu_every_part_is_skipped_for_that_and_in_a_data_centre_none_
             {"tensorrt": None, "providers": ("CPUExecutionProvider",)},
             PLAN,
             {
-                **dict.fromkeys(("tensorrt", "tensorrt-build"), r"blipstream\[tensorrt\]"),
+                **dict.fromkeys(("tensorrt", "tensorrt-build"), r"\.\[tensorrt\]"),
                 "onnxruntime-cuda": "CUDAExecutionProvider",
                 "transformers-eager": None,
             },

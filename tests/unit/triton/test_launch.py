@@ -110,7 +110,7 @@ def test_the_environment_leads_to_this_interpreter_and_bounds_threads() -> None:
 
 def test_a_missing_server_says_which_extra_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installation.importlib.util, "find_spec", lambda *_: None)
-    with pytest.raises(ServerStartError, match=r"tritonserver is not installed: `pip install 'blipstream\[server\]'`"):
+    with pytest.raises(ServerStartError, match=r"tritonserver is not installed: `pip install -e '\.\[server\]'`"):
         Installation.find()
 
 
