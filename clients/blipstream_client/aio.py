@@ -110,7 +110,7 @@ class AsyncTextStream(AsyncIterator[TextChunk]):
 
 
 class AsyncClient:
-    """Sends images and prompts to a Blipstream server; for the tasks of one event loop, any number of them.
+    """Sends images and prompts to a Blipstream server; for any number of tasks of the event loop that is running.
 
     Raises what :class:`blipstream_client.Client` raises.
     """
@@ -133,6 +133,7 @@ class AsyncClient:
         self._timeout = core.check_timeout(timeout)
         self._credentials = credentials
         self._channel: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._template: str | None = None
         self.closed = False
         """Whether :meth:`aclose` was called."""
@@ -244,7 +245,9 @@ class AsyncClient:
         """The channel."""
         if self.closed:
             raise core.closed(self.url)
-        if self._channel is None:  # made here, because a channel belongs to the event loop that is running
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:  # made here, because a channel belongs to the event loop that is running
+            self._loop = loop
             if self._credentials is None:
                 self._channel = grpc.aio.insecure_channel(self.url, options=transport.channel_options(self.url))
             else:

@@ -106,3 +106,13 @@ async def test_a_client_that_was_never_used_can_be_closed(server: FakeServer) ->
     await client.aclose()
     with pytest.raises(ClientError, match="is closed"):
         await client.caption(IMAGE)
+
+
+def test_a_client_goes_on_in_another_event_loop(server: FakeServer) -> None:
+    client = AsyncClient(server.url)
+
+    async def caption() -> str:
+        return (await client.caption(IMAGE, timeout=PATIENCE_S)).text
+
+    assert [asyncio.run(caption()) for _ in range(2)] == [TEXT] * 2
+    asyncio.run(client.aclose())
