@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from blipstream_export.build import BuildOptions
 
 from blipstream.contract import (
     BLIP2,
@@ -22,62 +21,20 @@ from blipstream.decoding.request import Chunk, GenerationRequest, Prompt, Sampli
 from blipstream.decoding.text import Tokenizer
 from blipstream.engines import create_engine, load_decoder
 from blipstream.manifest import Manifest
-from tests.support.bundles import bundle_of, checkpoint_of
-from tests.support.checkpoints import PROMPTS, make_images, save_blip2
+from tests.support.checkpoints import PROMPTS, make_images
+from tests.support.variants import VARIANTS, variant_bundle, variant_checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.slow
 
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("opt", {}),
-    "projected": (
-        "opt",
-        {"word_embed_proj_dim": 30, "num_hidden_layers": 3, "do_layer_norm_before": False},
-    ),
-    "odd": (
-        "opt",
-        {"hidden_size": 35, "num_attention_heads": 5, "num_hidden_layers": 1, "word_embed_proj_dim": 35},
-    ),
-    "untied": (
-        "opt",
-        {"hidden_size": 60, "num_attention_heads": 3, "num_hidden_layers": 3, "tie_word_embeddings": False},
-    ),
-    "llama": ("llama", {"num_key_value_heads": 2, "num_hidden_layers": 3}),
-    "llama of one key head": (
-        "llama",
-        {
-            "head_dim": 20,
-            "num_key_value_heads": 1,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
-        },
-    ),
-    "t5": ("t5", {"num_layers": 3, "num_decoder_layers": 2}),
-    "tied t5": (
-        "t5",
-        {
-            "tie_word_embeddings": True,
-            "feed_forward_proj": "relu",
-            "bos_token_id": 40,
-            "relative_attention_num_buckets": 6,
-            "relative_attention_max_distance": 9,
-        },
-    ),
-}
-
-SEEDS = {"projected": 7}
-"""Where it is not 3, under which the checkpoint's own two best logits tie once to all digits."""
-
 
 class Served:
     """A checkpoint in transformers, and its bundle's decoder behind a loop."""
 
-    def __init__(self, language: str, text: dict[str, Any], seed: int) -> None:
-        checkpoint = checkpoint_of(save_blip2, language, text=text, seed=seed)
-        bundle = bundle_of(checkpoint, BuildOptions(max_sequences=3, max_tokens=64))
+    def __init__(self, language: str) -> None:
+        checkpoint, bundle = variant_checkpoint(language), variant_bundle(language)
         self.model = transformers.Blip2ForConditionalGeneration.from_pretrained(checkpoint).eval()
         self.processor = transformers.Blip2Processor.from_pretrained(checkpoint)
         self.manifest = Manifest.load(bundle)
@@ -132,9 +89,9 @@ class Served:
         ]
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+@pytest.fixture(scope="module", params=VARIANTS)
 def served(request: pytest.FixtureRequest) -> Served:
-    return Served(*VARIANTS[request.param], SEEDS.get(request.param, 3))
+    return Served(request.param)
 
 
 @pytest.mark.parametrize(

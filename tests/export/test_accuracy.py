@@ -125,8 +125,8 @@ def test_texts_in_process_are_the_checkpoints() -> None:
 
 @pytest.mark.slow
 def test_int8_of_the_demo_checkpoint_is_right_as_often(tmp_path: Path) -> None:
-    """On 200 test scenes, after calibration with other images of the demo; and all of it is in the report."""
-    questions = samples.write_test_set(tmp_path / "test", 200)
+    """On 100 test scenes, after calibration with other images of the demo; and all of it is in the report."""
+    questions = samples.write_test_set(tmp_path / "test", 100)
     options = BuildOptions(precision="int8", calibration=DEMO / "images", test_set=questions)
     result = build(str(DEMO / "checkpoint"), tmp_path / "bundle", options)
     report = json.loads((tmp_path / "bundle" / "parity.json").read_text())
@@ -142,7 +142,7 @@ def test_int8_of_the_demo_checkpoint_is_right_as_often(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["checkpoint-t5", "checkpoint-instruct"])
 def test_int8_of_the_other_demo_checkpoints_is_right_as_often(checkpoint: str, tmp_path: Path) -> None:
-    questions = samples.write_test_set(tmp_path / "test", 100)
+    questions = samples.write_test_set(tmp_path / "test", 50)
     result = build(str(DEMO / checkpoint), tmp_path / "bundle", BuildOptions(precision="int8", test_set=questions))
     _assert_loses_little(checkpoint, result.parity.accuracy, questions)
 

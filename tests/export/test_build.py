@@ -166,7 +166,10 @@ def test_stages_are_timed_and_named(random_bundle: BuildResult, capsys: pytest.C
     ("arguments", "message"),
     [
         (["nowhere/at-all/x", "-o", "out"], "blipstream build: there is no folder nowhere/at-all/x, and a hub id"),
-        (["nowhere/at-all/x", "-o", "/proc/bundle"], "blipstream build: [Errno 2] No such file or directory"),
+        (
+            ["nowhere/at-all/x", "-o", "/proc/bundle"],
+            "blipstream build: /proc/bundle cannot be written: No such file or directory",
+        ),
         (
             ["x", "-o", "out", "--precision", "int3"],
             "precision 'int3' is not built for onnxruntime: expected one of fp32",

@@ -293,7 +293,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_modelopt
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("precision", ["fp8"])
 def test_a_bundle_passes_its_report(precision: str, tmp_path: Path) -> None:
     """Of a trained checkpoint: what random weights compute is mostly noise."""
     result = build(str(DEMO), tmp_path / "bundle", BuildOptions(engine="tensorrt", precision=precision))

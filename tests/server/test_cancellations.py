@@ -30,6 +30,7 @@ ENDLESS = {"max_tokens": 3000, "min_tokens": 3000}
 def serving(bundle: Path) -> Iterator[Serving]:
     with served(bundle, CONFIG) as serving:
         yield serving
+        serving.kill()  # after so many cancellations a stop takes half a minute
 
 
 async def test_the_server_outlives_any_number_of_cancellations(

@@ -115,10 +115,11 @@ def test_words_reach_the_server(client: Any, server: TritonServer, image: bytes)
     stopped = client.generate(image, max_tokens=12, min_tokens=12, stop=["never said", text[2:4]])
     assert stopped.finish_reason == "stop"
     assert stopped.text == text[: text.index(text[2:4])].strip()
-    for bad_words in ([text[0]], [text[0], text[-1]]):
+    letters = [letter for letter in text if letter.isascii() and letter.isalnum()]
+    for bad_words in (letters[:1], [letters[0], letters[-1]]):
         reply = wire.ask(server.grpc_url, image=image, max_tokens=12, bad_words=[word.encode() for word in bad_words])
         assert client.generate(image, max_tokens=12, bad_words=bad_words).text == reply.text.strip()
-        assert text[0] not in reply.text
+        assert letters[0] not in reply.text
 
 
 async def test_many_streams_of_one_client(server: TritonServer, images: list[bytes]) -> None:

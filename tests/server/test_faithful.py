@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from blipstream_demo import evaluation, scenes
@@ -13,9 +12,10 @@ from PIL import Image
 
 from blipstream.triton.server import TritonServer
 from tests.server.faithful import Ask, Reference, ask_concurrently, assert_equal
-from tests.support.bundles import bundle_of, checkpoint_of
-from tests.support.checkpoints import PROMPTS, make_images, save_blip2
+from tests.support.bundles import bundle_of
+from tests.support.checkpoints import PROMPTS, make_images
 from tests.support.servers import START_S, Serving, served
+from tests.support.variants import VARIANTS, variant_bundle, variant_checkpoint
 
 pytestmark = [
     pytest.mark.server,
@@ -82,44 +82,19 @@ def test_served_accuracy_is_the_model_cards(server: TritonServer) -> None:
 
 # --- random checkpoints of odd sizes ---------------------------------------------------------------------------------
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "opt": {
-        "vocab_size": 371,
-        "hidden_size": 40,
-        "num_attention_heads": 5,
-        "enable_bias": False,
-        "num_hidden_layers": 4,
-    },
-    "llama": {
-        "tie_word_embeddings": True,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 1000.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 24,
-        },
-    },
-    # as Flan-T5 in BLIP-2
-    "t5": {"dense_act_fn": "gelu", "bos_token_id": 30, "d_kv": 5, "num_heads": 5},
-}
-"""One of each language model: what else varies is compared without a server, which does not look into a model."""
-SEEDS = {"opt": 28, "llama": 22, "t5": 59}
-
 
 @pytest.fixture(params=VARIANTS)
-def checkpoint(request: pytest.FixtureRequest) -> Path:
-    return checkpoint_of(save_blip2, request.param, seed=SEEDS[request.param], text=VARIANTS[request.param])
+def language(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def variant_server(checkpoint: Path) -> Iterator[TritonServer]:
-    with TritonServer(bundle_of(checkpoint), start_timeout=START_S) as server:
+def variant_server(language: str) -> Iterator[TritonServer]:
+    with TritonServer(variant_bundle(language), start_timeout=START_S) as server:
         yield server
 
 
-def test_random_variants_equal_the_checkpoint(variant_server: TritonServer, checkpoint: Path) -> None:
+def test_random_variants_equal_the_checkpoint(variant_server: TritonServer, language: str) -> None:
     asks = [Ask(image, PROMPTS[i % len(PROMPTS)]) for i, image in enumerate(make_images(32, seed=1))]
     answers = ask_concurrently(variant_server.grpc_url, asks, max_tokens=24)
-    assert_equal(Reference(checkpoint), asks, answers, max_new_tokens=24)
+    assert_equal(Reference(variant_checkpoint(language)), asks, answers, max_new_tokens=24)

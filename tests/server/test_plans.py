@@ -25,7 +25,7 @@ from tests.support.servers import START_S, Serving, served
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module", params=["opt", "t5"])
+@pytest.fixture(scope="module", params=["t5"])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
     return checkpoint_of(save_blip2, request.param, seed=0)
 
@@ -65,7 +65,6 @@ def test_mixed_requests_equal_the_checkpoint(server: TritonServer, checkpoint: P
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
-@pytest.mark.parametrize("checkpoint", ["opt"], indirect=True)
 def test_without_tensorrt_the_server_says_what_to_install(bundle: Path) -> None:
     with pytest.raises(ServerStartError, match=r"tensorrt is not installed: `pip install -e '\.\[tensorrt\]'`"):
         start_and_stop(bundle)

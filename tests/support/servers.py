@@ -99,6 +99,11 @@ class Serving:
         reason = f"{fault}; {TRITONS_CRASH}" if is_tritons else fault
         return ServerDiedError("\n  ".join([f"the server {reason}", *tail[-TAIL_LINES:]]), is_tritons=is_tritons)
 
+    def kill(self) -> None:
+        """End the server at once."""
+        if self._server is not None:
+            kill(self._server)
+
     def close(self) -> None:
         if self._server is not None:
             self._server.stop()

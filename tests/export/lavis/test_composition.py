@@ -317,7 +317,9 @@ def test_generation_is_that_of_the_conversion(kind: str, kind_parts: SavedParts)
     section = generation_section(load_model(checkpoint), checkpoint)
     language = KINDS[kind][1]
     placeholder = len(checkpoint.processor.tokenizer) - 1
-    assert section.model_dump() == DEFAULTS | {"image_token_id": placeholder} | GENERATION[language]
+    template = "{}" if kind.startswith("instruct") else "Question: {} Answer:"
+    expected = {"image_token_id": placeholder, "question_template": template}
+    assert section.model_dump() == DEFAULTS | expected | GENERATION[language]
     assert checkpoint.name == "blip2_trained"
     told = {"opt": "end at a line break (token 202)", "t5": "exact GELU", "llama": "prompts begin with </s>"}[language]
     assert told in checkpoint.notes[-2]
