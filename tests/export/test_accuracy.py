@@ -140,7 +140,7 @@ def test_int8_of_the_demo_checkpoint_is_right_as_often(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["checkpoint-t5", "checkpoint-instruct"])
+@pytest.mark.parametrize("checkpoint", ["checkpoint-t5"])
 def test_int8_of_the_other_demo_checkpoints_is_right_as_often(checkpoint: str, tmp_path: Path) -> None:
     questions = samples.write_test_set(tmp_path / "test", 50)
     result = build(str(DEMO / checkpoint), tmp_path / "bundle", BuildOptions(precision="int8", test_set=questions))

@@ -43,7 +43,6 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "EVA and OPT": Variant("eva", "opt"),
     "CLIP and OPT": Variant("clip", "opt", text_side=True, served=True),
-    "CLIP and T5, positions interpolated": Variant("clip", "t5", image_size=49),
     "EVA and T5 with instructions, positions interpolated": Variant("eva", "t5", text_side=True, image_size=42),
     "EVA and LLaMA with instructions": Variant("eva", "llama", text_side=True, served=True),
     "EVA and OPT-2.7B, of their true widths": Variant(
