@@ -27,9 +27,8 @@ from benchmarks.gpu.rows import CAPTION, STEP, read_rows
 from benchmarks.gpu.runner import Outcome, run_part
 from blipstream.cli import app
 from tests.benchmarks.gpu_report.machines import DATA_CENTRE, NOTHING
-from tests.server.test_faithful import SEEDS, VARIANTS
-from tests.support.bundles import bundle_of, checkpoint_of
-from tests.support.checkpoints import save_blip2
+from tests.support.bundles import bundle_of
+from tests.support.variants import variant_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -305,8 +304,8 @@ def test_the_probe_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def built() -> tuple[Path, Path]:
-    """A checkpoint and its bundle; others have them built, too."""
-    checkpoint = checkpoint_of(save_blip2, "opt", seed=SEEDS["opt"], text=VARIANTS["opt"])
+    """A checkpoint, and its bundle with as many slots as are measured."""
+    checkpoint = variant_checkpoint("opt")
     return checkpoint, bundle_of(checkpoint)
 
 
