@@ -168,7 +168,7 @@ def test_the_qformer_by_itself(server: TritonServer) -> None:
 
 
 def test_a_question_is_asked_as_the_family_was_shown_it(server: TritonServer) -> None:
-    (image,) = (png(picture) for picture in make_images(1, seed=12))
+    (image,) = (png(picture) for picture in make_images(1, seed=13))
     with Client(server.grpc_url) as client:
         assert client.question_template() == "{}"
         answer = client.ask(image, "what is it?", max_tokens=5)
