@@ -52,7 +52,7 @@ coverage: $(INSTALLED)
 	mkdir -p $(RUN)/coverage && rm -f $(RUN)/coverage/*
 	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run $(PYTEST) --timeout 240 --junitxml $(RUN)/coverage.xml $(OPTIONS); status=$$?; \
 	$(BIN)/python -m coverage combine --quiet && $(BIN)/python -m coverage report > $(RUN)/coverage.txt; \
-	tail -n 1 $(RUN)/coverage.txt; exit $$status
+	grep TOTAL $(RUN)/coverage.txt; exit $$status
 
 test-quick: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --quick --junitxml $(RUN)/quick.xml $(OPTIONS)
