@@ -201,10 +201,15 @@ class AsyncClient:
                 request_serializer=service_pb2.ModelConfigRequest.SerializeToString,
                 response_deserializer=service_pb2.ModelConfigResponse.FromString,
             )
+
+            async def ask() -> str:
+                return core.decode_template(await call(core.config_request(self._model), timeout=timeout))
+
             try:
-                self._template = core.decode_template(await call(core.config_request(self._model), timeout=timeout))
+                template: str = await tenacity.AsyncRetrying(**transport.RETRYING)(ask)
             except grpc.RpcError as error:
-                self._template = core.default_template(error, self.url, timeout)
+                template = core.default_template(error, self.url, timeout)
+            self._template = template
         return self._template
 
     async def aclose(self) -> None:
